@@ -1,0 +1,282 @@
+"""Leases: a claim that blocks stay where they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from kvstore.protocol.errors import DeadlineExceeded, InvalidRequest, LeaseExpired, NotFound
+from kvstore.protocol.namespace import NamespaceSpec
+from kvstore.v1 import kvstore_pb2 as pb
+from kvstore_client._lazy import np
+from kvstore_client.reading import READ_TIMEOUT_S, LeaseGroup
+from kvstore_client.rpc import HANDOFF, WAIT, deadline_after
+from kvstore_client.slabs import Slab
+from kvstore_client.tensors import Framework
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from kvstore_client.session import Session
+
+HANDOFF_TIMEOUT_S = 1.0
+_ASK_AGAIN_S = 0.0005  # before the daemon is asked again that answered a wait too early
+
+
+class Lease:
+    """Blocks that stay where they are until release(), or the daemon's time limit passes without a sign of life.
+
+    Use it as a context manager. A lease of zero blocks is one on nothing: every method works and reads nothing.
+
+    Attributes:
+        groups: one for each namespace asked for, in order. The methods of the lease itself are those of the first.
+        lease_id: the daemon's number for it; 0: on nothing.
+        released: blocks [0, released) have been given back.
+    """
+
+    def __init__(self, session: Session | None, reply: pb.LeaseReply, namespaces: Sequence[NamespaceSpec]) -> None:
+        """Made by Namespace.acquire(), Namespace.adopt() and Client.acquire()."""
+        self.session = session if reply.lease_id else None
+        self.lease_id = reply.lease_id
+        self.released = 0
+        self.is_fail_open = session is not None and session.is_fail_open
+        self._tokens = reply.tokens
+        self._ended: str | None = None
+        messages: Sequence[pb.LeaseGroup | None] = reply.groups if reply.lease_id else [None] * len(namespaces)
+        self.groups = tuple(
+            LeaseGroup(self, namespace, message)
+            for namespace, message in zip(namespaces, messages, strict=True)
+        )
+        self._promised = self.groups[0].blocks
+
+    # --- what is promised
+
+    @property
+    def blocks(self) -> int:
+        """Blocks promised: indexes below this one can be read, now or after a wait. Blocks that are lost cut it."""
+        return self.groups[0].blocks
+
+    @property
+    def tokens(self) -> int:
+        """Tokens covered by the blocks."""
+        lost = self._promised - self.blocks
+        return max(0, self._tokens - lost * self.groups[0].namespace.block_tokens)
+
+    @property
+    def ready(self) -> int:
+        """Leading blocks that are readable now, in every group; reads shared memory, asks nobody."""
+        if self._ended is not None:
+            return 0
+        if len(self.groups) == 1:
+            return self.groups[0].ready
+        waiting = [ready for group in self.groups if (ready := group.ready) < group.blocks]
+        return min([*waiting, self.blocks])
+
+    def wait(self, stop: int | None = None, timeout_s: float = READ_TIMEOUT_S) -> int:
+        """Wait until blocks [0, stop) are readable.
+
+        Args:
+            stop: index after the last block waited for; None: all.
+            timeout_s: bound of the wait.
+
+        Returns:
+            How many leading blocks are readable: fewer than `stop` when time ran out, or when blocks were lost,
+            which cuts `blocks`.
+
+        Raises:
+            LeaseExpired: the lease is over.
+            InvalidRequest: `stop` is beyond the lease.
+        """
+        wanted = self.blocks if stop is None else stop
+        if not 0 <= wanted <= self._promised:
+            raise InvalidRequest(f"stop is {wanted}; the lease was given for {self._promised} blocks")
+        deadline_s = deadline_after(timeout_s)
+        if not self.lease_id:
+            return 0
+        self.check_alive()
+        while (ready := self.ready) < min(wanted, self.blocks) and time.monotonic() < deadline_s:
+            self.await_ready(min(wanted, self.blocks), deadline_s)
+        return ready
+
+    # --- reading
+
+    def read_into(
+        self,
+        out: Any,  # noqa: ANN401 - any buffer
+        start: int = 0,
+        stop: int | None = None,
+        verify: bool = False,
+        *,
+        timeout_s: float = READ_TIMEOUT_S,
+    ) -> int:
+        """Copy blocks [start, stop) into the caller's memory, waiting for those that are still loaded.
+
+        This is the recommended way to read: the bytes are the caller's, and proven to be the right ones.
+
+        Args:
+            out: one contiguous (n, block_nbytes) uint8 array, or n-D array of the layout's item size whose first
+                axis is the block; or n buffers; or n lists of segments, each a buffer or (address, length). Block
+                `start` goes to the first place; there may be more places than blocks.
+            start: first block.
+            stop: after the last block; None: `blocks`.
+            verify: hash what was copied and compare it with the daemon's checksum.
+            timeout_s: bound of the wait for blocks that are not readable yet.
+
+        Returns:
+            Blocks copied: stop - start, or fewer if blocks were lost (or time ran out, for a fail-open client).
+
+        Raises:
+            LeaseExpired: the lease ended before the copy was proven; nothing in `out` may be used.
+            DeadlineExceeded: a block was not loaded in time.
+            InvalidRequest: the range or `out` does not fit the lease.
+            InternalError: a copy differs from its checksum.
+        """
+        return self.groups[0].read_into(out, start, stop, verify, timeout_s=timeout_s)
+
+    def view(self, block: int) -> NDArray[np.uint8]:
+        """The bytes of one block where they lie, (block_nbytes,) read-only, without a copy.
+
+        Valid inside the lease only, and only if check() passes after the use. Waits like read_into().
+
+        Raises:
+            LeaseExpired: the lease is over, or the block was lost.
+            DeadlineExceeded: the block was not loaded in time.
+            InvalidRequest: the lease has no such block.
+        """
+        return self.groups[0].view(block)
+
+    def tensors(self, block: int, framework: Framework = "numpy") -> dict[str, Any]:
+        """The tensors of one block where they lie, by name, without a copy; valid as view() is.
+
+        Args:
+            block: its index.
+            framework: "numpy": arrays, read-only; bfloat16 and float8 come as uint16 and uint8 bit patterns.
+                "torch": CPU tensors of the real dtype, which must not be written to.
+
+        Raises:
+            As view() does.
+        """
+        return self.groups[0].tensors(block, framework)
+
+    def check(self) -> None:
+        """Prove every view() and tensors() so far: to be called after their last use.
+
+        Raises:
+            LeaseExpired: one of them was no longer the promised block; whatever was made of it must not be used.
+        """
+        for group in self.groups:
+            group.check()
+
+    # --- the end
+
+    def release_to(self, block: int) -> None:
+        """Give blocks [0, block) back early: long prefixes stream through a small warm tier.
+
+        Raises:
+            LeaseExpired: the lease is over.
+            InvalidRequest: the lease has fewer blocks.
+        """
+        if not 0 <= block <= self._promised:
+            raise InvalidRequest(f"release_to({block}): the lease was given for {self._promised} blocks")
+        if not self.lease_id:
+            return
+        self.check_alive()
+        if block > self.released and self.session is not None:
+            self.released = block
+            self.session.release(self.lease_id, block)
+
+    def release(self) -> None:
+        """Give everything back; idempotent, and never waits for the daemon."""
+        session = self.session
+        if self._ended is None and session is not None:
+            self.end("the lease was released")
+            session.release(self.lease_id, 0)
+
+    def handoff(self, timeout_s: float = HANDOFF_TIMEOUT_S) -> bytes:
+        """Give the lease away: whoever calls Namespace.adopt() with the token has it, once, within the tenant.
+
+        Raises:
+            LeaseExpired: the lease is over.
+            InvalidRequest: it is a lease on nothing.
+        """
+        if not self.lease_id:
+            raise InvalidRequest("a lease of zero blocks cannot be handed off")
+        self.check_alive()
+        assert self.session is not None
+        try:
+            reply = self.session.link.call(HANDOFF, pb.HandoffRequest(lease_id=self.lease_id), deadline_after(timeout_s))
+        except NotFound as error:
+            self._expire_unknown(error)
+        self.end("the lease was handed off")
+        return reply.token
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        # From the garbage collector, maybe in the middle of a call: only note it, the keeper sends the release.
+        if getattr(self, "_ended", "") is None and self.session is not None:
+            self.session.release_later(self.lease_id)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Lease belongs to its session; use handoff() and adopt() to pass it on")
+
+    def __repr__(self) -> str:
+        state = self._ended or f"ready {self.ready}"
+        return f"<Lease {self.lease_id}: {self.blocks} blocks, {self.tokens} tokens, {state}>"
+
+    # --- for the session and the groups
+
+    def check_alive(self) -> None:
+        """Raise LeaseExpired if the lease is over."""
+        if self._ended is not None:
+            raise LeaseExpired(self._ended)
+
+    def end(self, reason: str) -> None:
+        """The lease is over: let go of the slabs. Says nothing to the daemon."""
+        if self._ended is None:
+            self._ended = reason
+            for group in self.groups:
+                group.placement.drop()
+            if self.session is not None:
+                self.session.forget(self.lease_id)
+
+    def populate(self, slab: Slab) -> None:
+        """A slab is read for the first time."""
+        if self.session is not None:
+            self.session.slabs.populate(slab)
+
+    def await_ready(self, stop: int, deadline_s: float) -> None:
+        """Ask the daemon once to say when blocks [0, stop) are readable; cuts the lease if some are lost.
+
+        Raises:
+            LeaseExpired: the lease is over.
+        """
+        self.check_alive()
+        assert self.session is not None
+        request = pb.WaitRequest(lease_id=self.lease_id, stop=stop)
+        try:
+            reply = self.session.link.call(WAIT, request, deadline_s)
+        except DeadlineExceeded:
+            return
+        except NotFound as error:
+            self._expire_unknown(error)
+        if reply.lost:
+            for group in self.groups:
+                group.cut(reply.lost - 1)
+        elif reply.ready < stop:
+            time.sleep(_ASK_AGAIN_S)
+        elif any(group.ready < min(stop, group.blocks) for group in self.groups):
+            self.end("the daemon took the blocks back: the lease had expired")
+            self.check_alive()
+
+    def _expire_unknown(self, error: NotFound) -> NoReturn:
+        self.end("the daemon does not know this lease any more: it had expired")
+        raise LeaseExpired(str(self._ended)) from error

@@ -1,0 +1,376 @@
+"""The local RPC: protobuf messages as frames on the attach socket.
+
+The calling thread sends its request and reads the answer itself: no hand-over to a reader thread, which would
+cost two thread switches a call. With several callers one of them leads: it reads for all, gives every answer to
+the one who waits for it, and passes the lead on when it has its own. An answer that nobody waits for is dropped,
+so after a missed deadline the stream stays in step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from kvstore.protocol.errors import DeadlineExceeded, InvalidRequest, PermissionDenied, Unavailable, from_code
+from kvstore.protocol.frames import HEADER, MAX_CALLS_IN_FLIGHT, MAX_PAYLOAD_BYTES
+from kvstore.v1 import kvstore_pb2 as pb
+from kvstore_client.rpc import MAP_SLABS, Q, R, Rpc, server_budget_s
+from kvstore_client.stream import Answer, AnswerReader, FrameWriter, close_all
+
+_ID_MASK = 0xFFFFFFFF
+_DEADLINE_MS_MAX = 0xFFFFFFFF
+_SPINS = 40
+"""Looks at the socket before sleeping, about 1 us each. On a virtual machine with idle cores a sleep costs the
+interrupt that ends it, 45 of 67 us a round trip; with busy cores the spins are wasted, and are then left out."""
+_CALLS_WITHOUT_SPIN = 32
+
+
+class PendingCall:
+    """A call in flight; everything but `late` belongs to its link and is guarded by the link's lock."""
+
+    __slots__ = ("answer", "call_id", "fds", "gave_up", "late", "leads", "wake")
+
+    def __init__(self) -> None:
+        self.call_id = 0
+        self.answer: Answer | None = None
+        self.fds: list[int] = []
+        self.late: Callable[[], None] | None = None
+        self.leads = False
+        self.gave_up = False
+        self.wake: threading.Lock | None = None  # made, locked, when the caller has to sleep as a follower
+
+
+_DROPPED = PendingCall()  # stands for every call whose answer nobody wants
+_TURN = Answer(0, 0, 0, b"")
+
+
+def connect(path: str, timeout_s: float) -> socket.socket:
+    """A connection to an attach socket.
+
+    Raises:
+        Unavailable: nobody listens there, or not in time.
+        PermissionDenied: the socket's mode or group keeps this user out.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(max(timeout_s, 0.001))
+        sock.connect(path)
+        sock.settimeout(None)
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, PermissionError):
+            raise PermissionDenied(f"this user may not connect to {path}: {error.strerror}") from error
+        if isinstance(error, OSError):
+            raise Unavailable(f"no daemon answers at {path}: {error.strerror or error}") from error
+        raise
+    return sock
+
+
+class LocalLink:
+    """A `kvstore_client.rpc.Link` over a connected attach socket."""
+
+    def __init__(self, sock: socket.socket, on_lost: Callable[[str], None]) -> None:
+        """Take over a blocking socket.
+
+        Args:
+            sock: from connect().
+            on_lost: called once with the reason when the connection ends, from whichever thread noticed.
+        """
+        self.last_sent_s = time.monotonic()
+        self._sock = sock
+        self._on_lost = on_lost
+        self._reader = AnswerReader(sock)
+        self._writer = FrameWriter(sock)
+        self._lock = threading.Lock()  # guards what follows; held for a few dictionary operations at a time
+        self._pending: dict[int, PendingCall] = {}
+        self._last_id = 0
+        self._is_led = False
+        self._followers: deque[PendingCall] = deque()
+        self._turns: deque[PendingCall] = deque()  # callers that wait until fewer calls are in flight
+        self._lost: str | None = None
+        self._is_closed = False
+        self._calls_without_spin = 0  # the leader's
+
+    def fileno(self) -> int:
+        """The socket's descriptor, for poll."""
+        return self._sock.fileno()
+
+    # --- the members of a Link
+
+    def call(self, rpc: Rpc[Q, R], request: Q, deadline_s: float) -> R:
+        """Send a request and return its answer; see Link."""
+        return self.finish(self.start(rpc, request, deadline_s), rpc, deadline_s)
+
+    def start(self, rpc: Rpc[Q, Any], request: Q, deadline_s: float) -> PendingCall:
+        """Send a request; see Link."""
+        payload = _packed(rpc, request)
+        call = PendingCall()
+        while not self._register(call):
+            self._await_turn(deadline_s)
+        self.last_sent_s = now = time.monotonic()
+        budget_ms = min(max(int(server_budget_s(deadline_s - now) * 1000), 1), _DEADLINE_MS_MAX)
+        frame = HEADER.pack(len(payload), call.call_id, rpc.method, 0, budget_ms) + payload
+        try:
+            went = self._writer.send(frame, deadline_s)
+        except Unavailable as error:
+            self._fail(str(error))
+            raise
+        if not went:
+            self._forget(call.call_id)
+            raise DeadlineExceeded("the daemon does not take what this client sends")
+        return call
+
+    def finish(self, pending: PendingCall, rpc: Rpc[Any, R], deadline_s: float) -> R:
+        """Take the answer of a started call; see Link."""
+        return rpc.decode(self._answer(pending, deadline_s, may_spin=not rpc.is_long).payload)
+
+    def notify(self, rpc: Rpc[Q, Any], request: Q) -> bool:
+        """Send a request and drop its answer; see Link. Never waits."""
+        payload = _packed(rpc, request)
+        with self._lock:
+            if self._lost is not None or len(self._pending) >= MAX_CALLS_IN_FLIGHT:
+                return False
+            call_id = self._new_id()
+            self._pending[call_id] = _DROPPED
+        went = False
+        with contextlib.suppress(Unavailable):  # the next call will say so
+            went = self._writer.try_send(HEADER.pack(len(payload), call_id, rpc.method, 0, 0) + payload)
+        if went:
+            self.last_sent_s = time.monotonic()
+        else:
+            self._forget(call_id)
+        return went
+
+    def pump(self) -> None:
+        """Take in answers that have arrived; see Link."""
+        nobody = PendingCall()
+        with self._lock:
+            if self._is_led or self._lost is not None:
+                return
+            self._is_led = nobody.leads = True
+        try:
+            self._read_until(nobody, 0.0, may_spin=False)
+        finally:
+            self._step_down(nobody)
+
+    def close(self) -> None:
+        """Close the connection and fail every call in flight; see Link."""
+        self._fail("this client closed the connection")
+
+    def abandon(self) -> None:
+        """Close the descriptors in a forked child. No lock is taken: a thread of the parent may have held it."""
+        self._lost = "the process forked"
+        self._reader.close()
+        self._sock.close()
+
+    # --- what only the attach socket can do
+
+    def map_slabs(self, request: pb.MapSlabsRequest, deadline_s: float) -> tuple[pb.MapSlabsResponse, list[int]]:
+        """Call MapSlabs; returns its answer and one descriptor for each slab in it, which the caller owns.
+
+        Raises:
+            Unavailable: also when descriptors are missing, because this process has too many open files.
+        """
+        call = self.start(MAP_SLABS, request, deadline_s)
+        try:
+            reply = MAP_SLABS.decode(self._answer(call, deadline_s, may_spin=True).payload)
+            if len(call.fds) != len(reply.slabs):
+                raise Unavailable(f"{len(call.fds)} descriptors came for {len(reply.slabs)} slabs")
+        except BaseException:
+            close_all(call.fds)
+            raise
+        return reply, call.fds
+
+    def check_peer(self) -> None:
+        """Notice now if the daemon has closed the connection."""
+        if self._lost is None and self._writer.is_peer_gone():
+            self._fail("the daemon closed the connection")
+
+    # --- calls in flight
+
+    def _register(self, call: PendingCall) -> bool:
+        """Give the call its id; False if too many calls are in flight."""
+        with self._lock:
+            if self._lost is not None:
+                raise Unavailable(self._lost)
+            if len(self._pending) >= MAX_CALLS_IN_FLIGHT:
+                return False
+            call.call_id = self._new_id()
+            self._pending[call.call_id] = call
+        return True
+
+    def _new_id(self) -> int:
+        while True:
+            self._last_id = (self._last_id + 1) & _ID_MASK
+            if self._last_id not in self._pending:
+                return self._last_id
+
+    def _forget(self, call_id: int) -> None:
+        """Give up a call that was never sent."""
+        with self._lock:
+            self._pending.pop(call_id, None)
+            self._grant_turn()
+
+    def _grant_turn(self) -> None:
+        if self._turns:
+            _settle(self._turns.popleft(), _TURN)
+
+    def _await_turn(self, deadline_s: float) -> None:
+        """Wait until fewer calls are in flight."""
+        turn = PendingCall()
+        with self._lock:
+            if len(self._pending) < MAX_CALLS_IN_FLIGHT:
+                return
+            self._turns.append(turn)
+        try:
+            self._await(turn, deadline_s, may_spin=False)
+        finally:
+            with self._lock, contextlib.suppress(ValueError):
+                self._turns.remove(turn)
+        if turn.answer is None:
+            raise DeadlineExceeded(f"{MAX_CALLS_IN_FLIGHT} calls of this client are waiting for the daemon")
+
+    def _answer(self, call: PendingCall, deadline_s: float, *, may_spin: bool) -> Answer:
+        try:
+            if call.answer is None:
+                self._await(call, deadline_s, may_spin)
+        finally:
+            if call.answer is None:
+                with self._lock:
+                    call.gave_up = call.answer is None
+        answer = call.answer
+        if answer is None:
+            raise DeadlineExceeded("the daemon did not answer in time")
+        if answer.status:
+            raise from_code(answer.status, answer.payload.decode("utf-8", "replace"))
+        return answer
+
+    # --- leading and following
+
+    def _await(self, call: PendingCall, deadline_s: float, may_spin: bool) -> None:
+        """Return when the call has its answer or the deadline has passed."""
+        with self._lock:
+            if call.answer is not None:
+                return
+            if self._is_led:
+                call.wake = threading.Lock()
+                call.wake.acquire()
+                self._followers.append(call)
+            else:
+                self._is_led = call.leads = True
+        try:
+            if call.wake is not None:
+                call.wake.acquire(timeout=max(deadline_s - time.monotonic(), 0))
+            if call.leads:
+                self._read_until(call, deadline_s, may_spin)
+        finally:
+            self._step_down(call)
+
+    def _step_down(self, call: PendingCall) -> None:
+        """Stop leading or following; a leader names its heir."""
+        with self._lock:
+            if call.wake is not None:
+                with contextlib.suppress(ValueError):
+                    self._followers.remove(call)
+            if not call.leads:
+                return
+            call.leads = False
+            while self._followers:
+                heir = self._followers.popleft()
+                if heir.answer is None:
+                    heir.leads = True
+                    _wake(heir)
+                    return
+            self._is_led = False
+            closes = self._lost is not None and not self._is_closed
+            self._is_closed |= closes
+        if closes:
+            self._close()
+
+    def _read_until(self, call: PendingCall, deadline_s: float, may_spin: bool) -> None:
+        """As leader: read and deal out answers until this call has its own, or the deadline."""
+        reader = self._reader
+        spins = _SPINS if may_spin and self._spins_now() else 0
+        try:
+            while call.answer is None:
+                answer = reader.pop()
+                if answer is not None:
+                    self._deal(answer)
+                elif spins > 0:
+                    spins -= 1
+                    if not reader.fill(0) and not spins:
+                        self._calls_without_spin = _CALLS_WITHOUT_SPIN
+                elif not reader.fill(deadline_s - time.monotonic()) and time.monotonic() >= deadline_s:
+                    return
+        except Unavailable as error:
+            self._fail(str(error))
+
+    def _spins_now(self) -> bool:
+        if not self._calls_without_spin:
+            return True
+        self._calls_without_spin -= 1
+        return False
+
+    def _deal(self, answer: Answer) -> None:
+        """Give an answer to the one who waits for it."""
+        fds, self._reader.fds = self._reader.fds, []
+        with self._lock:
+            call = self._pending.pop(answer.call_id, _DROPPED)
+            is_late = call.gave_up
+            if call is not _DROPPED:
+                if not is_late:
+                    call.fds, fds = fds, []
+                _settle(call, answer)
+            self._grant_turn()
+        close_all(fds)
+        if is_late and call.late is not None:
+            call.late()
+
+    # --- the end
+
+    def _fail(self, reason: str) -> None:
+        """End the connection and answer every call in flight with Unavailable; only the first reason counts."""
+        with self._lock:
+            if self._lost is not None:
+                return
+            self._lost = reason
+            answer = Answer(0, 0, Unavailable.code, reason.encode())
+            for call in (*self._pending.values(), *self._turns):
+                if call is not _DROPPED:
+                    _settle(call, answer)
+            self._pending.clear()
+            closes = not self._is_led
+            self._is_closed = closes
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)  # wakes the leader out of its read
+        if closes:
+            self._close()
+        self._on_lost(reason)
+
+    def _close(self) -> None:
+        self._writer.close()
+        self._reader.close()
+
+
+def _settle(call: PendingCall, answer: Answer) -> None:
+    call.answer = answer
+    _wake(call)
+
+
+def _wake(call: PendingCall) -> None:
+    if call.wake is not None and call.wake.locked():
+        call.wake.release()
+
+
+def _packed(rpc: Rpc[Q, Any], request: Q) -> bytes:
+    payload = request.SerializeToString()
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise InvalidRequest(
+            f"{rpc.name} takes {len(payload)} bytes; the limit is {MAX_PAYLOAD_BYTES}: ask for fewer keys at once"
+        )
+    return payload

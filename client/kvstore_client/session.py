@@ -1,0 +1,263 @@
+"""One attachment to the daemon: the connection, its mapped memory and its leases."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+from kvstore.protocol import convert
+from kvstore.protocol.errors import DeadlineExceeded, InternalError, ProtocolMismatch, QuotaExceeded
+from kvstore.protocol.frames import PROTOCOL_VERSION
+from kvstore.protocol.namespace import NamespaceSpec
+from kvstore.v1 import kvstore_pb2 as pb
+from kvstore_client.address import Address
+from kvstore_client.grpc_link import GrpcLink
+from kvstore_client.keeper import Keeper
+from kvstore_client.lease import Lease
+from kvstore_client.local import LocalLink, connect
+from kvstore_client.rpc import HELLO, OPEN_NAMESPACE, OPEN_SESSION, RELEASE, Link
+from kvstore_client.slabs import SlabCache
+from kvstore_client.staging import Staging
+
+_serials = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a client wants of its sessions.
+
+    Attributes:
+        address: of the daemon.
+        name: shown by `kvctl sessions`.
+        transport: "local", or "grpc" for all calls but those that only the attach socket can do.
+        staging_bytes: size of the staging segment; 0 for a client that never puts.
+        is_fail_open: a daemon that does not answer is a cache miss.
+    """
+
+    address: Address
+    name: str
+    transport: str
+    staging_bytes: int
+    is_fail_open: bool
+
+
+class Session:
+    """An attached session. Any thread may use it.
+
+    Attributes:
+        serial: tells sessions of this process apart.
+        tenant: given by the daemon; part of every namespace digest.
+        instance_id: of the daemon; differs after every start.
+        link: carries the calls.
+        slabs: mapped memory.
+    """
+
+    def __init__(self, options: Options, deadline_s: float) -> None:
+        """Attach.
+
+        Raises:
+            Unavailable: no daemon answers.
+            DeadlineExceeded: not in time.
+            PermissionDenied: this user may not attach.
+            ProtocolMismatch: the daemon speaks another version.
+        """
+        self.serial = next(_serials)
+        self.is_fail_open = options.is_fail_open
+        self.lost_reason: str | None = None
+        self._leases: dict[int, weakref.ref[Lease]] = {}
+        self._to_release: deque[tuple[int, int]] = deque()  # (lease, upto) that could not be sent yet
+        self._staging: Staging | None = None
+        self._staging_lock = threading.Lock()
+        self._keeper: Keeper | None = None
+        self._keeper_lock = threading.Lock()
+        sock = connect(options.address.attach_path, deadline_s - time.monotonic())
+        self.attach = LocalLink(sock, self._on_lost)
+        self.slabs = SlabCache(self.attach)
+        self.link: Link = self.attach
+        try:
+            self._open(options, deadline_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, options: Options, deadline_s: float) -> None:
+        hello = self.attach.call(HELLO, _hello(options.name), deadline_s)
+        if hello.protocol_version != PROTOCOL_VERSION:
+            raise ProtocolMismatch(
+                f"the daemon speaks protocol {hello.protocol_version}, this client {PROTOCOL_VERSION}"
+            )
+        self.instance_id = hello.instance_id
+        self.token = hello.token
+        self.grpc_target = hello.grpc_target
+        if options.transport == "grpc":
+            self.link = GrpcLink(hello.grpc_target, hello.token, self.attach.check_peer)
+        opened = self.link.call(OPEN_SESSION, pb.OpenSessionRequest(staging_bytes=options.staging_bytes), deadline_s)
+        self.session_id = opened.session_id
+        self.tenant = opened.tenant
+        self.staging_bytes = opened.staging_bytes
+        self.renew_every_s = max(opened.renew_every_ms, 1) / 1000
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the session has ended."""
+        return self.lost_reason is not None
+
+    def open_namespace(self, spec: NamespaceSpec, digest: bytes, deadline_s: float) -> None:
+        """Make a namespace known to the daemon.
+
+        Raises:
+            InternalError: the daemon computes another digest, so keys made here would never meet.
+        """
+        reply = self.link.call(OPEN_NAMESPACE, pb.OpenNamespaceRequest(spec=convert.to_proto(spec)), deadline_s)
+        if reply.namespace != digest or reply.block_nbytes != spec.block_nbytes:
+            raise InternalError(
+                f"the daemon names this namespace {reply.namespace.hex()} with blocks of {reply.block_nbytes} bytes, "
+                f"this client {digest.hex()} with {spec.block_nbytes}"
+            )
+
+    # --- leases
+
+    def lease(self, reply: pb.LeaseReply, namespaces: Sequence[NamespaceSpec], deadline_s: float) -> Lease:
+        """The lease of a reply, its slabs mapped.
+
+        Raises:
+            DeadlineExceeded: mapping took too long; the lease has been given back.
+            InternalError: the reply makes no sense.
+        """
+        lease = Lease(self, reply, namespaces)
+        if not reply.lease_id:
+            return lease
+        try:
+            for group in lease.groups:
+                self.slabs.ensure(group.placement.slab_ids(), deadline_s)
+                group.placement.find_slabs(self.slabs, group.namespace.block_nbytes)
+        except BaseException:
+            lease.release()
+            raise
+        self._leases[reply.lease_id] = weakref.ref(lease)
+        if self.lost_reason is not None:
+            lease.end(self.lost_reason)
+        elif self._keeper is None:
+            self._start_keeper()
+        return lease
+
+    @property
+    def lease_count(self) -> int:
+        """Leases held."""
+        return len(self._leases)
+
+    def forget(self, lease_id: int) -> None:
+        """A lease has ended."""
+        self._leases.pop(lease_id, None)
+
+    def release(self, lease_id: int, upto: int) -> None:
+        """Give blocks [0, upto) of a lease back, or all of it (0), without waiting for the answer."""
+        self._to_release.append((lease_id, upto))
+        self.flush_releases()
+
+    def release_later(self, lease_id: int) -> None:
+        """Note that a lease was dropped without release(); safe to call from a finalizer."""
+        self._to_release.append((lease_id, 0))
+        self._leases.pop(lease_id, None)
+
+    @property
+    def has_releases(self) -> bool:
+        """Whether releases wait to be sent."""
+        return bool(self._to_release)
+
+    def flush_releases(self) -> None:
+        """Send releases that are due, as many as the limit of calls in flight allows."""
+        pumped = False
+        while self._to_release and self.lost_reason is None:
+            try:
+                lease_id, upto = self._to_release.popleft()
+            except IndexError:  # another thread was faster
+                return
+            if not self.link.notify(RELEASE, pb.ReleaseRequest(lease_id=lease_id, upto=upto)):
+                self._to_release.appendleft((lease_id, upto))
+                if pumped:
+                    if self._keeper is not None:
+                        self._keeper.wake()  # it tries again
+                    return
+                self.link.pump()
+                pumped = True
+
+    # --- staging
+
+    def staging(self, block_nbytes: int, deadline_s: float) -> Staging:
+        """The staging segment, mapped on first use.
+
+        Raises:
+            QuotaExceeded: there is none, or it is smaller than one block.
+        """
+        if block_nbytes > self.staging_bytes:
+            raise QuotaExceeded(
+                f"a block of {block_nbytes} bytes does not fit into the {self.staging_bytes} bytes of staging that this "
+                "session has; ask for more with Client(staging_bytes=...), or raise the daemon's limit"
+            )
+        if self._staging is None:
+            if not self._staging_lock.acquire(timeout=max(deadline_s - time.monotonic(), 0)):
+                raise DeadlineExceeded("another thread of this client is still mapping the staging segment")
+            try:
+                if self._staging is None:
+                    self._staging = Staging(self.slabs.map_staging(self.staging_bytes, deadline_s), self.link.pump)
+            finally:
+                self._staging_lock.release()
+        return self._staging
+
+    # --- the end
+
+    def close(self) -> None:
+        """End the session: everything it holds is given back by the daemon. Idempotent."""
+        self.attach.close()
+
+    def abandon(self) -> None:
+        """In a forked child: close the descriptors and forget everything, without a lock and without a word."""
+        self.lost_reason = "this client belongs to the parent process; it does not survive fork()"
+        self.attach.abandon()
+        if self.link is not self.attach:
+            self.link.abandon()
+        if self._keeper is not None:
+            self._keeper.abandon()
+        self._end_all(self.lost_reason)
+
+    def _on_lost(self, reason: str) -> None:
+        self.lost_reason = reason
+        if self.link is not self.attach:
+            self.link.close()
+        self._end_all(f"the session ended: {reason}")
+        keeper = self._keeper
+        if keeper is not None:
+            keeper.wake()
+
+    def _end_all(self, reason: str) -> None:
+        for reference in list(self._leases.values()):
+            lease = reference()
+            if lease is not None:
+                lease.end(reason)
+        self._leases.clear()
+        self._to_release.clear()
+        self.slabs.close()
+        self._staging = None
+
+    def _start_keeper(self) -> None:
+        with self._keeper_lock:
+            if self._keeper is None and self.lost_reason is None:
+                self._keeper = Keeper(self)
+
+
+def _hello(name: str) -> pb.HelloRequest:
+    return pb.HelloRequest(protocol_version=PROTOCOL_VERSION, client_version=_version(), client_name=name)
+
+
+def _version() -> str:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version("kvtier")
+    return "unknown"

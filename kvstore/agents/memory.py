@@ -1,0 +1,81 @@
+"""The warm slabs as an agent sees them: mapped on command, resolved by number."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.protocol.errors import InvalidRequest, NotFound
+from kvstore.tiers.base import SlabMemory, SlabRange
+
+
+class MappedSlabs(SlabMemory):
+    """The SlabMemory of an agent; safe to use from any thread.
+
+    A mapping ends when it is unmapped and the last view of it is gone, so a view never points at unmapped memory.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._slabs: dict[int, NDArray[np.uint8]] = {}
+
+    def map(self, slab_id: int, fd: int, segment_bytes: int) -> None:
+        """Map a segment read-write; the caller keeps `fd` and may close it afterwards.
+
+        Raises:
+            InvalidRequest: the number is taken, or the file is shorter than `segment_bytes` (a touch behind its
+                end would be SIGBUS).
+            OSError: the kernel refuses the mapping.
+        """
+        have = os.fstat(fd).st_size
+        if not 0 < segment_bytes <= have:
+            raise InvalidRequest(f"slab {slab_id}: segment of {segment_bytes} bytes in a file of {have} bytes")
+        with self._lock:
+            if slab_id in self._slabs:
+                raise InvalidRequest(f"slab {slab_id} is mapped already")
+            segment = mmap.mmap(fd, segment_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            self._slabs[slab_id] = np.frombuffer(segment, np.uint8)
+
+    def unmap(self, slab_id: int) -> None:
+        """Drop a slab; the pages go with the last view of it.
+
+        Raises:
+            NotFound: no such slab.
+        """
+        with self._lock:
+            if self._slabs.pop(slab_id, None) is None:
+                raise NotFound(f"slab {slab_id} is not mapped")
+
+    def check(self, place: SlabRange) -> None:
+        """Refuse a range that leaves its slab. A slab that is not mapped is the tier's to answer, block by block.
+
+        Raises:
+            InvalidRequest: the range is empty or not wholly inside its slab.
+        """
+        slab = self._slabs.get(place.slab_id)
+        if slab is not None and not _inside(place, slab):
+            raise InvalidRequest(f"slab {place.slab_id}: {place.nbytes} bytes at {place.offset} of {slab.size}")
+
+    def view(self, place: SlabRange) -> NDArray[np.uint8]:
+        """The bytes of a range, writable, without a copy.
+
+        Raises:
+            KeyError: no such slab, or the range is not wholly inside it.
+        """
+        slab = self._slabs[place.slab_id]
+        if not _inside(place, slab):
+            raise KeyError(place)
+        return slab[place.offset : place.offset + place.nbytes]
+
+    def close(self) -> None:
+        """Drop every slab; idempotent."""
+        with self._lock:
+            self._slabs.clear()
+
+
+def _inside(place: SlabRange, slab: NDArray[np.uint8]) -> bool:
+    return place.nbytes > 0 and 0 <= place.offset <= slab.size - place.nbytes

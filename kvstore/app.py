@@ -1,0 +1,260 @@
+"""The composition root: names every concrete class, takes the locks, and carries the daemon from start to drain."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import pwd
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from kvstore.config import Config
+from kvstore.core.block import COLD, HOT, WARM
+from kvstore.engine.store import Store, StoreConfig
+from kvstore.engine.supervisor import AgentSupervisor
+from kvstore.machine import Machine
+from kvstore.protocol.errors import KVStoreError, PermissionDenied
+from kvstore.transport.config import Limits, TransportConfig, TransportHooks
+from kvstore.transport.server import Transport
+from kvstore.v1 import agent_pb2
+
+# A one-key call must not wait behind another thread's bytecode for Python's usual 5 ms: at 0.5 ms it is handed the
+# interpreter ten times sooner, and long copies release it anyway.
+_SWITCH_INTERVAL_S = 0.0005
+# Of the grace period: most of it belongs to the saving of blocks, and a worker reads a lease in milliseconds.
+_LEASE_SHARE = 0.25
+_LEASE_POLL_S = 0.02
+_CALLS_GRACE_S = 1.0
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+_log = logging.getLogger("kvstore")
+
+
+class StartError(RuntimeError):
+    """The daemon cannot start; the message says why and what to do."""
+
+
+def run(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Raises:
+        StartError: it could not start. Nothing is left behind.
+    """
+    _set_up_logging(config.log_level)
+    stop = _stop_on_signals()
+    with _locked(config.state_dir / "lock", f"state directory {config.state_dir}"), _owned_socket(config):
+        _raise_descriptor_limit()
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        for line in config.describe():
+            _log.info("%s", line)
+        daemon = Daemon(config)
+        try:
+            daemon.start()
+        except (KVStoreError, OSError, MemoryError) as error:
+            daemon.close(0.0)
+            raise StartError(str(error)) from error
+        click.echo(f"kvstored ready: {config.address}")
+        stop.wait()
+        _log.info("draining for at most %g s", config.drain_grace_s)
+        daemon.close(config.drain_grace_s)
+    _log.info("stopped")
+
+
+class Daemon:
+    """Store, agents and transport of one daemon. Call sequence: start, close."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        machine = Machine()
+        self._store = Store(_store_config(config), machine.available_bytes)
+        self._agents = self._make_agents()
+        self._transport: Transport | None = None
+
+    def start(self) -> None:
+        """Start the agents, recover, then open the door.
+
+        Raises:
+            KVStoreError: an agent does not start, or the sockets cannot be had.
+            OSError: the machine refuses.
+        """
+        for agent in self._agents:
+            agent.start()
+        self._store.start()
+        config = self._config
+        self._transport = Transport(
+            self._store,
+            TransportConfig(
+                socket_path=config.socket,
+                instance_id=self._store.instance_id,
+                server_version=version("kvtier"),
+                socket_mode=config.socket_mode,
+                socket_group=config.socket_group,
+                owns_paths=True,
+                limits=Limits(max_sessions=config.max_sessions),
+            ),
+            TransportHooks(resolve_tenant=tenant_resolver(config), set_log_level=set_log_level),
+        )
+        self._transport.start()
+
+    def close(self, grace_s: float) -> None:
+        """Refuse new blocks, let leases end, close the door, save what is worth it: all within `grace_s`."""
+        deadline = time.monotonic() + grace_s
+        self._store.start_drain()
+        if self._transport is not None:
+            self._transport.set_draining()
+            self._await_leases(time.monotonic() + grace_s * _LEASE_SHARE)
+            self._transport.stop(min(_CALLS_GRACE_S, grace_s))
+        self._store.close(max(0.0, deadline - time.monotonic()))
+        for agent in self._agents:
+            agent.close()
+
+    def _await_leases(self, deadline_s: float) -> None:
+        while self._store.stats().leases and time.monotonic() < deadline_s:
+            time.sleep(_LEASE_POLL_S)
+
+    def _make_agents(self) -> list[AgentSupervisor]:
+        config, agents = self._config, []
+        if config.cold_bytes:
+            folder = config.state_dir / "cold"
+            agents.append(self._agent(COLD, config.cold_bytes, path=str(folder), codec=config.codec))
+        if config.hot_bytes:
+            agents.append(self._agent(HOT, config.hot_bytes, device=config.hot_device))
+        return agents
+
+    def _agent(self, tier: int, capacity_bytes: int, **settings: str) -> AgentSupervisor:
+        store, name = self._store, {COLD: "cold", HOT: "hot"}[tier]
+        agent_config = agent_pb2.AgentConfig(
+            tier=name, capacity_bytes=capacity_bytes, reader_threads=self._config.reader_threads, **settings
+        )
+        agent = AgentSupervisor(
+            name, agent_config, on_up=lambda: store.tier_up(tier), on_down=lambda: store.tier_down(tier)
+        )
+        store.attach_tier(tier, agent)
+        return agent
+
+
+def tenant_resolver(config: Config) -> Callable[[int, int], str]:
+    """The function that says whose blocks a peer (uid, gid) may see.
+
+    It raises PermissionDenied for a peer that belongs to nobody.
+    """
+
+    def resolve(uid: int, gid: int) -> str:
+        tenant = config.tenant_of(uid, [gid, *_further_groups(uid, gid)])
+        if tenant is None:
+            raise PermissionDenied(
+                f"uid {uid} (gid {gid}) belongs to no tenant of this daemon; add it to a [tenants] table, "
+                "or its user to the socket group"
+            )
+        return tenant
+
+    return resolve
+
+
+def set_log_level(level: str) -> str:
+    """Set the level of the daemon's own loggers by name; returns the name.
+
+    Raises:
+        ValueError: there is no such level.
+    """
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise ValueError(f"{level!r} is none of debug, info, warning, error")
+    _log.setLevel(number)
+    return level.lower()
+
+
+def _store_config(config: Config) -> StoreConfig:
+    quotas: dict[int, dict[str, int]] = {WARM: {}, COLD: {}}
+    for tenant in config.tenants:
+        for tier, quota in ((WARM, tenant.warm_bytes), (COLD, tenant.cold_bytes)):
+            if quota is not None:
+                quotas[tier][tenant.name] = quota
+    return StoreConfig(
+        state_dir=config.state_dir,
+        warm_bytes=config.warm_bytes,
+        cold_bytes=config.cold_bytes,
+        hot_bytes=config.hot_bytes,
+        tenant_bytes=quotas,
+        staging_max_bytes=config.staging_max_bytes,
+        staging_total_bytes=config.staging_total_bytes,
+        version=version("kvtier"),
+    )
+
+
+def _set_up_logging(level: str) -> None:
+    logging.basicConfig(format=_LOG_FORMAT, stream=sys.stderr, level=logging.WARNING)
+    set_log_level(level)
+
+
+def _stop_on_signals() -> threading.Event:
+    """An event that SIGTERM and SIGINT set; a second signal ends the process at once."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    return stop
+
+
+@contextlib.contextmanager
+def _locked(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file; the kernel lets go of it when this process ends, however it ends.
+
+    Raises:
+        StartError: another process holds it, or it cannot be made.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StartError(f"{path} cannot be opened: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+            raise StartError(f"{what} is in use by another kvstored (pid {holder or 'unknown'})") from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _owned_socket(config: Config) -> contextlib.AbstractContextManager[None]:
+    """The socket's path is ours: gRPC binds over a living server's socket silently, so a lock has to tell."""
+    folder = config.socket.parent
+    try:
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartError(f"socket folder {folder} cannot be made: {error.strerror}") from error
+    return _locked(folder / f"{config.socket.name}.lock", f"socket {config.socket}")
+
+
+def _raise_descriptor_limit() -> None:
+    """As many descriptors as may be had: slabs and sessions take one each, and the usual soft limit is 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _further_groups(uid: int, gid: int) -> list[int]:
+    """Groups of a user beside the one that the kernel named; none for a user that this machine does not know."""
+    try:
+        return os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
+    except (KeyError, OSError):
+        return []

@@ -1,0 +1,120 @@
+"""How long calls take that move no bytes: one key, 8,192 keys, hashing, and one key beside busy neighbours."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from kvstore_client import Client
+
+from kvstore.bench import worker
+from kvstore.bench.figures import Result, latency_figures
+from kvstore.bench.memory import kv_like_blocks
+from kvstore.bench.scale import Scale
+
+BLOCK_NBYTES = 16 << 10
+_TIMEOUT_S = 30.0
+_NEIGHBOURS = 3
+_HASHED_TOKENS = 131_072
+_HASH_ROUNDS = 9
+_MATCH_ROUNDS = 60
+_BUSY_SPAN_S = 5.0
+
+
+class NeighbourFailed(RuntimeError):
+    """A process that should keep the daemon busy did not."""
+
+
+class Calls:
+    """Calls of one session. `store` comes first and leaves `batch_keys` blocks of 16 KiB behind."""
+
+    def __init__(self, address: str, scale: Scale) -> None:
+        self._address = address
+        self._scale = scale
+
+    def store(self, client: Client) -> tuple[Any, Any]:
+        """(namespace, keys) of a prefix that is stored whole."""
+        space = worker.namespace(client, BLOCK_NBYTES, "calls")
+        keys = space.keys(worker.tokens(self._scale.batch_keys))
+        space.put(keys, kv_like_blocks(len(keys), BLOCK_NBYTES), timeout_s=_TIMEOUT_S)
+        found = space.match(keys, timeout_s=_TIMEOUT_S).blocks
+        if found != len(keys):
+            raise worker.NotSettled(f"{found} of {len(keys)} blocks are stored")
+        return space, keys
+
+    def one_key(self, name: str, space: Any, keys: Any) -> Result:  # noqa: ANN401
+        """A match of one key, again and again, by whichever transport the client has."""
+        one = keys[:1]
+        return Result(name, latency_figures(_timed(lambda: space.match(one, timeout_s=_TIMEOUT_S), self._scale.calls)))
+
+    def many_keys(self, name: str, space: Any, keys: Any) -> Result:  # noqa: ANN401
+        """A match of the whole prefix, all of it present."""
+        rounds = min(self._scale.calls, _MATCH_ROUNDS)
+        figures = latency_figures(_timed(lambda: space.match(keys, timeout_s=_TIMEOUT_S), rounds))
+        return Result(name, {**figures, "keys": len(keys)})
+
+    def hashing(self, name: str, space: Any) -> Result:  # noqa: ANN401
+        """Keys of a prompt of 131,072 tokens, from a list."""
+        prompt = worker.tokens(_HASHED_TOKENS // worker.BLOCK_TOKENS)
+        return Result(
+            name, {**latency_figures(_timed(lambda: space.keys(prompt), _HASH_ROUNDS), "ms"), "tokens": _HASHED_TOKENS}
+        )
+
+    def beside_neighbours(self, name: str, space: Any, keys: Any) -> Result:  # noqa: ANN401
+        """A match of one key while three other processes keep the daemon busy."""
+        one, taken_s = keys[:1], []
+        with busy_neighbours(self._address, self._scale.batch_keys):
+            ends = time.monotonic() + (_BUSY_SPAN_S if self._scale.is_full else 1.0)
+            while time.monotonic() < ends:
+                taken_s += _timed(lambda: space.match(one, timeout_s=_TIMEOUT_S), 1)
+                time.sleep(0.001)  # a worker does something between its calls
+        return Result(name, {**latency_figures(taken_s), "neighbours": _NEIGHBOURS})
+
+
+@contextlib.contextmanager
+def busy_neighbours(address: str, batch_keys: int) -> Iterator[None]:
+    """Three processes that match, acquire and put without a pause until the block ends.
+
+    Raises:
+        NeighbourFailed: one did not start, or had ended before the block did.
+    """
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(_neighbour(address, batch_keys, seed)) for seed in range(_NEIGHBOURS)]
+        for process in running:
+            _wait_for_line(process)
+        yield
+        ended = [process.args for process in running if process.poll() is not None]
+        if ended:
+            raise NeighbourFailed(f"ended before the measurement did: {ended}")
+
+
+@contextlib.contextmanager
+def _neighbour(address: str, batch_keys: int, seed: int) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "kvstore.bench.neighbour", address, str(batch_keys), str(seed)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _wait_for_line(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        if not selector.select(_TIMEOUT_S) or not process.stdout.readline():
+            raise NeighbourFailed("a busy neighbour did not start")
+
+
+def _timed(call: Callable[[], object], times: int) -> list[float]:
+    taken_s = []
+    for _ in range(times):
+        started = time.perf_counter()
+        call()
+        taken_s.append(time.perf_counter() - started)
+    return taken_s

@@ -1,0 +1,159 @@
+"""Runs the chosen measurements, each group on a daemon that suits it, and makes the report."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+from kvstore_client import Client
+
+from kvstore.bench import footprint, worker
+from kvstore.bench.calls import Calls
+from kvstore.bench.daemon import spawned
+from kvstore.bench.figures import Result, chosen
+from kvstore.bench.scale import Scale
+from kvstore.bench.transfers import BIG_BLOCK, SMALL_BLOCK, Transfers
+from kvstore.machine import Machine
+
+_COLD_FACTOR = 4  # cold tier of a spawned daemon, in warm pools
+_PACKAGES = ("kvtier", "grpcio", "protobuf", "numpy", "lmdb", "zstandard", "xxhash")
+_BATCHES = {"256": 256, "64": 64, "8": 8, "1": 1}
+
+Progress = Callable[[str], None]
+
+
+class Bench:
+    """One run.
+
+    Attributes:
+        results: what has been measured so far.
+    """
+
+    def __init__(self, names: Sequence[str], scale: Scale, progress: Progress, address: str | None = None) -> None:
+        """Measure `names` (of suites or results; none: all) on daemons of its own, or on the one at `address`.
+
+        Raises:
+            ValueError: there is no such suite, or it needs a daemon of its own.
+        """
+        self._wanted = chosen(names)
+        self._scale = scale
+        self._progress = progress
+        self._address = address
+        self._memcpy: list[tuple[int, list[float]]] = []
+        self.results: list[Result] = []
+        own_only = {"put_spill", "idle"}.intersection(self._wanted)
+        if address and names and own_only:
+            raise ValueError(f"{', '.join(sorted(own_only))}: needs a daemon of its own; give --spawn")
+        if address:
+            self._wanted = [name for name in self._wanted if name not in own_only]
+
+    def run(self) -> dict[str, object]:
+        """Measure everything; returns the report as JSON can hold it."""
+        if self._any("get_", "put_256", "call_", "match_", "keys_"):
+            with self._daemon(self._scale.warm_bytes) as address:
+                self._on_shared_daemon(address)
+        if self._any("put_spill"):
+            with self._daemon(2 * self._scale.working_set_bytes) as address, _client(address) as client:
+                self._measure("put_spill", self._transfers(client, BIG_BLOCK).put_spill)
+        if self._any("idle"):
+            with spawned(self._scale.warm_bytes, self._scale.warm_bytes) as daemon:
+                with _client(daemon.address) as client:
+                    worker.wait_populated(client)
+                self._measure("idle", lambda name: footprint.idle(name, daemon.pid, self._scale))
+        self._measure("import_ratio", lambda name: footprint.import_ratio(name, self._scale))
+        self._measure("kvctl_help_s", lambda name: footprint.kvctl_help(name, self._scale))
+        return self.report()
+
+    def report(self) -> dict[str, object]:
+        """The results so far with what they were measured on."""
+        memcpy = [nbytes / seconds / 1e9 for nbytes, taken in self._memcpy for seconds in taken]
+        return {
+            "memcpy_gb_s": round(statistics.median(memcpy), 3) if memcpy else None,
+            "results": [result.document() for result in self.results],
+            "environment": environment(self._scale),
+        }
+
+    def _on_shared_daemon(self, address: str) -> None:
+        with _client(address) as client:
+            for prefix, block_nbytes in (("get_", BIG_BLOCK), ("get_256k_", SMALL_BLOCK)):
+                names = [prefix + batch for batch in _BATCHES if prefix + batch in self._wanted]
+                if names:
+                    self._gets(client, block_nbytes, names)
+            if self._any("put_256"):
+                self._measure("put_256", self._transfers(client, BIG_BLOCK).put)
+            if self._any("call_", "match_", "keys_"):
+                self._calls(address, client)
+
+    def _gets(self, client: Client, block_nbytes: int, names: list[str]) -> None:
+        transfers = self._transfers(client, block_nbytes)
+        transfers.store()
+        for name in names:
+            batch = _BATCHES[name.rpartition("_")[2]]
+            self._measure(name, partial(transfers.get, batch=batch))
+        transfers.clear()
+
+    def _calls(self, address: str, client: Client) -> None:
+        calls = Calls(address, self._scale)
+        space, keys = calls.store(client)
+        self._measure("call_local_us", lambda name: calls.one_key(name, space, keys))
+        self._measure("match_8192_us", lambda name: calls.many_keys(name, space, keys))
+        self._measure("keys_131072_ms", lambda name: calls.hashing(name, space))
+        self._measure("call_busy_p99_us", lambda name: calls.beside_neighbours(name, space, keys))
+        if self._any("call_grpc_us"):
+            with _client(address, transport="grpc") as remote:
+                same = worker.namespace(remote, space.block_nbytes, "calls")
+                self._measure("call_grpc_us", lambda name: calls.one_key(name, same, keys))
+        worker.clear_and_wait(client, space)
+
+    def _transfers(self, client: Client, block_nbytes: int) -> Transfers:
+        self._progress(
+            f"working set of {self._scale.working_set_bytes >> 20} MiB in blocks of {block_nbytes >> 10} KiB"
+        )
+        transfers = Transfers(client, block_nbytes, self._scale)
+        self._memcpy.append((transfers.nbytes, transfers.memcpy_s))
+        return transfers
+
+    def _measure(self, name: str, measure: Callable[[str], Result]) -> None:
+        if name in self._wanted:
+            self._progress(name)
+            self.results.append(measure(name))
+
+    def _any(self, *prefixes: str) -> bool:
+        return any(name.startswith(prefixes) for name in self._wanted)
+
+    @contextlib.contextmanager
+    def _daemon(self, warm_bytes: int) -> Iterator[str]:
+        if self._address:
+            yield self._address
+            return
+        self._progress(f"starting a daemon with {warm_bytes >> 20} MiB of warm memory")
+        with spawned(warm_bytes, _COLD_FACTOR * warm_bytes) as daemon:
+            yield daemon.address
+
+
+def environment(scale: Scale) -> dict[str, Any]:
+    """What the figures were measured on, so that two reports can be compared."""
+    machine = Machine()
+    return {
+        "cpu": machine.cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_bytes": machine.memory_bytes(),
+        "available_bytes": machine.available_bytes(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in _PACKAGES},
+        "working_set_bytes": scale.working_set_bytes,
+        "rounds": scale.rounds,
+        "full_scale": scale.is_full,
+        "load_1min": round(os.getloadavg()[0], 2),
+    }
+
+
+def _client(address: str, transport: str = "local") -> Client:
+    return Client(address, transport=transport)

@@ -1,0 +1,86 @@
+"""One attached benchmark session: namespaces of a given block size, and waits on the daemon's own counters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from kvstore_client import Client, KVLayout, TensorSpec
+
+BLOCK_TOKENS = 16
+_SETTLE_TIMEOUT_S = 60.0
+_POLL_S = 0.05
+
+# Layers that give a block of 16 tokens, 8 heads of 128 in bfloat16 the size wanted.
+_LAYERS = {2 << 20: 32, 256 << 10: 4, 64 << 10: 1}
+
+
+class NotSettled(TimeoutError):
+    """The daemon did not come to rest in time, so that there is nothing to measure."""
+
+
+def namespace(client: Client, block_nbytes: int, name: str) -> Any:  # noqa: ANN401 (the client's namespace)
+    """A chain namespace of 16-token blocks of `block_nbytes`."""
+    layers = _LAYERS.get(block_nbytes)
+    shape = (2, layers, BLOCK_TOKENS, 8, 128) if layers else (2, 1, BLOCK_TOKENS, 1, block_nbytes // 64)
+    layout = KVLayout([TensorSpec("kv", "bfloat16", shape, "kv layer token head dim")])
+    return client.namespace(
+        model=f"bench/{name}",
+        revision="1",
+        block_tokens=BLOCK_TOKENS,
+        kind="chain",
+        layout=layout,
+        identity={"for": "bench"},
+    )
+
+
+def tokens(blocks: int, seed: int = 0) -> list[int]:
+    """Token ids of a prefix of `blocks` blocks; another seed gives another prefix from its first block on."""
+    first = (seed + 1) * 7919
+    return [(first + 31 * index) % 128_000 for index in range(blocks * BLOCK_TOKENS)]
+
+
+def tier(client: Client, name: str) -> Any:  # noqa: ANN401 (a TierStats message)
+    """One tier's counters."""
+    return next(found for found in client.stats().tiers if found.name == name)
+
+
+def wait_until(is_done: Callable[[], bool], what: str, timeout_s: float = _SETTLE_TIMEOUT_S) -> None:
+    """Poll until `is_done`.
+
+    Raises:
+        NotSettled: it was not within `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not is_done():
+        if time.monotonic() > deadline:
+            raise NotSettled(f"waited {timeout_s:g} s for {what}")
+        time.sleep(_POLL_S)
+
+
+def wait_steady(read: Callable[[], int], what: str, steady_s: float = 0.5) -> int:
+    """Poll until a counter has not moved for `steady_s`; returns it."""
+    last, since = read(), time.monotonic()
+
+    def is_steady() -> bool:
+        nonlocal last, since
+        now = read()
+        if now != last:
+            last, since = now, time.monotonic()
+        return time.monotonic() - since >= steady_s
+
+    wait_until(is_steady, what)
+    return last
+
+
+def wait_populated(client: Client) -> int:
+    """Until the warm pool has made and touched all it is going to; returns the bytes."""
+    return wait_steady(lambda: int(tier(client, "warm").populated_bytes), "the warm pool to be populated")
+
+
+def clear_and_wait(client: Client, space: Any) -> None:  # noqa: ANN401 (the client's namespace)
+    """Drop a namespace's blocks and wait until warm holds none of them and nothing is on its way to cold."""
+    space.clear()
+    wait_until(lambda: tier(client, "warm").used_bytes == 0, "the warm pool to be empty")
+    wait_steady(lambda: int(tier(client, "cold").writes), "the cold tier to come to rest", steady_s=0.2)

@@ -1,0 +1,107 @@
+"""The one screen of `kvctl status`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from kvstore.cli import render
+from kvstore.v1 import admin_pb2 as pb
+
+_SESSIONS_SHOWN = 8
+_COLOURS = {"hot": "red", "warm": "yellow", "cold": "blue"}
+
+
+def status_screen(stats: pb.GetStatsResponse, sessions: Sequence[pb.SessionInfo], address: str) -> RenderableType:
+    """Tiers with bars, hit ratios, sessions, and what is not as it should be."""
+    serving = stats.health == "serving"
+    head = Text.assemble(
+        ("● ", "green" if serving else "yellow"),
+        (stats.health or "unknown", "bold"),
+        f"   kvstored {stats.version}   up {render.duration(stats.uptime_ms)}   {address}",
+    )
+    parts: list[RenderableType] = [head, Text(), _tiers(stats), _ratios(stats)]
+    if sessions:
+        parts += [Text(), _sessions(sessions)]
+    parts += [Text(), _health(stats)]
+    return Panel(Group(*parts), title="kvstore", title_align="left", expand=False, padding=(1, 2))
+
+
+def warnings(stats: pb.GetStatsResponse) -> list[str]:
+    """What an operator should know, in sentences; empty where all is well."""
+    found = []
+    for tier in stats.tiers:
+        if tier.state not in ("ok", "off", ""):
+            found.append(f"{tier.name} tier: {tier.state}")
+        if tier.restarts:
+            found.append(f"{tier.name} tier: its agent was restarted {tier.restarts} times")
+        if tier.corrupt:
+            found.append(f"{tier.name} tier: {tier.corrupt} copies failed their checksum and were dropped")
+        if tier.write_failures:
+            found.append(f"{tier.name} tier: {tier.write_failures} writes failed")
+    if stats.health == "draining":
+        found.append("draining: new blocks are refused")
+    if stats.quarantined_bytes:
+        found.append(f"{render.size(stats.quarantined_bytes)} quarantined until a process that may write there is gone")
+    if stats.dropped_unsaved:
+        found.append(
+            f"{stats.dropped_unsaved} blocks were evicted from warm without a copy below: cold may be too slow or off"
+        )
+    return found
+
+
+def _tiers(stats: pb.GetStatsResponse) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    for tier in stats.tiers:
+        colour = _COLOURS.get(tier.name, "white")
+        if tier.state == "off":
+            grid.add_row(Text(tier.name, colour), Text("off", "dim"))
+            continue
+        compressed = (
+            f"  {tier.raw_bytes / tier.stored_bytes:.2f}× compressed" if tier.stored_bytes != tier.raw_bytes else ""
+        )
+        grid.add_row(
+            Text(tier.name, colour),
+            Text(render.bar(tier.used_bytes, tier.capacity_bytes), colour),
+            Text(render.percent(tier.used_bytes, tier.capacity_bytes), justify="right"),
+            Text(f"{render.size(tier.used_bytes)} of {render.size(tier.capacity_bytes)}"),
+            Text(f"{tier.blocks:,} blocks  {tier.hits:,} hits  {tier.evictions:,} evicted{compressed}", "dim"),
+        )
+    return grid
+
+
+def _ratios(stats: pb.GetStatsResponse) -> Text:
+    served = sum(tier.hits for tier in stats.tiers)
+    shares = ", ".join(f"{tier.name} {render.percent(tier.hits, served)}" for tier in stats.tiers if tier.hits)
+    rejected = ", ".join(f"{stats.put_rejected[reason]:,} {reason}" for reason in sorted(stats.put_rejected))
+    staging = render.size(stats.staging_bytes)
+    lines = [
+        f"acquire  {render.percent(stats.hit_blocks, stats.lookups)} of {stats.lookups:,} blocks"
+        + (f"  ({shares})" if shares else ""),
+        f"match    {render.percent(stats.match_hit_blocks, stats.match_lookups)} of {stats.match_lookups:,} blocks",
+        f"put      {stats.put_stored:,} stored, {stats.put_exists:,} existed"
+        + (f", rejected: {rejected}" if rejected else ""),
+        f"holding  {stats.namespaces:,} namespaces, {stats.leases:,} leases, {staging} staging",
+        f"process  {render.size(stats.anonymous_bytes)} of memory beside the pool",
+    ]
+    return Text("\n" + "\n".join(lines))
+
+
+def _sessions(sessions: Sequence[pb.SessionInfo]) -> Table:
+    rows = [
+        (item.client_name, item.pid, item.tenant, item.leases, item.pinned_blocks, render.duration(item.idle_ms))
+        for item in sorted(sessions, key=lambda item: item.idle_ms)[:_SESSIONS_SHOWN]
+    ]
+    shown = f"{len(sessions)} sessions" + (f", the {_SESSIONS_SHOWN} latest" if len(sessions) > _SESSIONS_SHOWN else "")
+    return render.table(("name", "pid", "tenant", "leases", "pinned", "idle"), rows, title=shown)
+
+
+def _health(stats: pb.GetStatsResponse) -> Text:
+    found = warnings(stats)
+    if not found:
+        return Text("nothing to report", "green")
+    return Text("\n".join(f"! {line}" for line in found), "yellow")

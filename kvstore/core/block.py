@@ -1,0 +1,128 @@
+"""The record of one block, and the namespace it lives in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import IntFlag
+
+from kvstore.core.slots import Slot
+
+
+class Copies(IntFlag):
+    """Which tiers hold a complete copy of a block."""
+
+    NONE = 0
+    HOT = 1
+    WARM = 2
+    COLD = 4
+
+
+# Plain ints: IntFlag arithmetic costs 20 times an int's, and these are tested for every block of every lease.
+HOT, WARM, COLD = int(Copies.HOT), int(Copies.WARM), int(Copies.COLD)
+
+
+class Block:
+    """One immutable, content-addressed block.
+
+    A record without copies is a *hole*: a block that was lost, or never seen after a restart, while children of
+    it are still stored. Those children are *orphans* and count as absent until the hole is filled again.
+
+    Children form an intrusive doubly linked list of siblings: most blocks have one child, and a set per block
+    would be the largest part of the index.
+    """
+
+    __slots__ = (
+        "checksum",
+        "copies",
+        "depth",
+        "first_child",
+        "hits",
+        "key",
+        "namespace",
+        "next_sibling",
+        "orphan",
+        "parent",
+        "prev_sibling",
+        "queued",
+        "saving",
+        "slot",
+        "stored_bytes",
+        "touched",
+    )
+
+    def __init__(self, namespace: Namespace, key: bytes, parent: Block | None) -> None:
+        self.namespace = namespace
+        self.key = key
+        self.checksum = b""
+        self.copies = 0  # HOT | WARM | COLD
+        self.slot: Slot | None = None  # FILLING while it loads, READY while WARM
+        self.stored_bytes = 0  # on the cold medium
+        self.touched = 0  # stamp of the last use
+        self.queued = 0  # tiers whose order has an entry for this block
+        self.saving = False  # an agent is copying it to the cold tier
+        self.hits = 0
+        self.orphan = False
+        self.parent: Block | None = None
+        self.depth = 0
+        self.first_child: Block | None = None
+        self.next_sibling: Block | None = None
+        self.prev_sibling: Block | None = None
+        if parent is not None:
+            self.link(parent)
+
+    def link(self, parent: Block) -> None:
+        """Become a child of `parent`."""
+        self.parent = parent
+        self.depth = parent.depth + 1
+        self.next_sibling = parent.first_child
+        if parent.first_child is not None:
+            parent.first_child.prev_sibling = self
+        parent.first_child = self
+
+    def unlink(self) -> None:
+        """Leave the parent's list of children."""
+        if self.parent is None:
+            return
+        if self.prev_sibling is None:
+            self.parent.first_child = self.next_sibling
+        else:
+            self.prev_sibling.next_sibling = self.next_sibling
+        if self.next_sibling is not None:
+            self.next_sibling.prev_sibling = self.prev_sibling
+        self.parent = self.next_sibling = self.prev_sibling = None
+
+    def children(self) -> Iterator[Block]:
+        """The direct children, newest first."""
+        child = self.first_child
+        while child is not None:
+            following = child.next_sibling
+            yield child
+            child = following
+
+    def subtree(self) -> list[Block]:
+        """This block and everything that hangs on it, parents before children."""
+        found = [self]
+        for block in found:  # grows while it is walked
+            found.extend(block.children())
+        return found
+
+    @property
+    def present(self) -> bool:
+        """Whether a lookup may find it."""
+        return bool(self.copies) and not self.orphan
+
+
+@dataclass(slots=True, eq=False)
+class Namespace:
+    """All blocks that can meet. `blocks` also has holes and orphans."""
+
+    digest: bytes
+    tenant: str
+    block_nbytes: int
+    slot_bytes: int
+    block_tokens: int
+    chain: bool
+    dtype: str = ""
+    epoch: int = 0
+    blocks: dict[bytes, Block] = field(default_factory=dict)

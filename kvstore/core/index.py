@@ -1,0 +1,167 @@
+"""The index: which blocks are stored, and how they hang together.
+
+A stored prefix has no holes: a parent leaves after its children, so the longest stored prefix of n keys is a
+binary search. What breaks the rule from outside (a corrupt copy, a restart that lost a parent) leaves a *hole*;
+what hangs below it is marked orphan, counts as absent, and is found again once the hole is filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from kvstore.core.block import Block, Namespace
+
+KEY_BYTES = 32
+
+
+def split_keys(keys: bytes) -> list[bytes]:
+    """Cut packed keys into 32-byte keys."""
+    return [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)]
+
+
+class Index:
+    """Namespaces and their blocks."""
+
+    def __init__(self, orphaned: Callable[[Block], None] = lambda block: None) -> None:
+        """`orphaned` is told of every block that just became an orphan."""
+        self.namespaces: dict[bytes, Namespace] = {}
+        self.orphans = 0
+        self._orphaned = orphaned
+
+    def prefix(self, namespace: Namespace, keys: bytes) -> int:
+        """Length of the longest stored prefix of packed `keys`, in blocks."""
+        count = len(keys) // KEY_BYTES
+        if not namespace.chain:
+            return self._linear(namespace, keys, count)
+        first = self._present(namespace, keys, 0) if count else None
+        if first is None:
+            return 0
+        low, high, last = 1, count, first
+        while low < high:
+            middle = (low + high + 1) // 2
+            block = self._present(namespace, keys, middle - 1)
+            if block is None:
+                high = middle - 1
+            else:
+                low, last = middle, block
+        if last.depth - first.depth != low - 1:  # the keys are not one chain: trust nothing but a walk
+            return self._linear(namespace, keys, count)
+        return low
+
+    def find(self, namespace: Namespace, key: bytes) -> Block | None:
+        """The block, if it is stored and its prefix is whole."""
+        block = namespace.blocks.get(key)
+        return block if block is not None and block.copies and not block.orphan else None
+
+    def insert(self, namespace: Namespace, key: bytes, parent_key: bytes) -> Block | None:
+        """Add a block that is about to gain its first copy, or fill the hole it left.
+
+        The caller has checked that it is not present. Returns None where its parent is not stored.
+        """
+        parent: Block | None = None
+        if namespace.chain and parent_key:
+            parent = self.find(namespace, parent_key)
+            if parent is None:
+                return None
+        block = namespace.blocks.get(key)
+        if block is None:
+            block = Block(namespace, key, parent)
+            namespace.blocks[key] = block
+        else:
+            self._adopt(block, parent)
+        return block
+
+    def recover(self, namespace: Namespace, key: bytes, parent_key: bytes) -> Block:
+        """Add a block found on a durable medium after a restart; its parent may come later or never."""
+        block = namespace.blocks.get(key)
+        parent: Block | None = None
+        if namespace.chain and parent_key:
+            parent = namespace.blocks.get(parent_key)
+            if parent is None:
+                parent = namespace.blocks[parent_key] = Block(namespace, parent_key, None)
+                parent.orphan = True
+                self.orphans += 1
+        if block is None:
+            block = namespace.blocks[key] = Block(namespace, key, parent)
+            block.orphan = parent is not None
+            self.orphans += block.orphan
+        elif parent is not None and block.parent is None:
+            block.link(parent)
+        return block
+
+    def settle(self, namespace: Namespace) -> None:
+        """After the last recover(): everything whose prefix is whole counts as present."""
+        for block in list(namespace.blocks.values()):
+            if block.parent is None and block.copies:
+                self._unorphan(block)
+        for block in namespace.blocks.values():
+            if block.orphan and block.copies:
+                self._orphaned(block)
+
+    def lost(self, block: Block) -> None:
+        """The block's last copy has gone: forget it, or keep it as a hole while children hang on it."""
+        if block.copies:
+            return
+        if block.first_child is None:
+            self._forget(block)
+            return
+        for child in block.subtree()[1:]:
+            if not child.orphan:
+                child.orphan = True
+                self.orphans += 1
+                if child.copies:
+                    self._orphaned(child)
+
+    def detach(self, namespace: Namespace) -> dict[bytes, Block]:
+        """Empty a namespace in O(1), start its next epoch, and return the blocks it had."""
+        blocks, namespace.blocks = namespace.blocks, {}
+        namespace.epoch += 1
+        return blocks
+
+    def _forget(self, block: Block) -> None:
+        while block.copies == 0 and block.first_child is None:
+            blocks = block.namespace.blocks
+            if blocks.get(block.key) is block:  # not after a clear
+                del blocks[block.key]
+            self.orphans -= block.orphan
+            block.orphan = False
+            parent = block.parent
+            block.unlink()
+            if parent is None or parent.slot is not None:
+                return
+            block = parent
+
+    def _adopt(self, block: Block, parent: Block | None) -> None:
+        if parent is not None and block.parent is None:
+            block.link(parent)
+        self._unorphan(block)
+
+    def _unorphan(self, block: Block) -> None:
+        """Mark `block`, and below it whatever has no hole above it, as present; depths are known now."""
+        if block.parent is not None:
+            block.depth = block.parent.depth + 1
+        self.orphans -= block.orphan
+        block.orphan = False
+        reached = [block]
+        for above in reached:
+            for child in above.children():
+                child.depth = above.depth + 1
+                self.orphans -= child.orphan
+                child.orphan = False
+                if child.copies:
+                    reached.append(child)
+
+    def _present(self, namespace: Namespace, keys: bytes, i: int) -> Block | None:
+        return self.find(namespace, keys[i * KEY_BYTES : (i + 1) * KEY_BYTES])
+
+    def _linear(self, namespace: Namespace, keys: bytes, count: int) -> int:
+        for i in range(count):
+            if self._present(namespace, keys, i) is None:
+                return i
+        return count
+
+
+def blocks_of(namespace: Namespace, keys: Sequence[bytes]) -> list[Block]:
+    """The records of keys that are known to be present."""
+    blocks = namespace.blocks
+    return [blocks[key] for key in keys]

@@ -1,0 +1,92 @@
+"""Leaf-first least recently used.
+
+A use of a prefix is a use of its deepest block: only that one gets a new stamp, which makes a match of any
+length O(1) here. An ancestor inherits the stamp of a child that leaves, so it is never older than the latest use
+of anything below it. The order is a heap of leaves with lazy entries, at most one a block:
+
+- an entry older than its block's stamp is pushed back with the new stamp when it comes up;
+- a block that is no leaf, is not allowed to leave, or has left is dropped when it comes up, and offered again by
+  whatever ends that state.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+from itertools import count
+
+from kvstore.core.block import Block
+
+_SLACK_ENTRIES = 256
+
+
+class LeafLru:
+    """Leaf-first LRU over the blocks that have a copy in `tier` (HOT, WARM or COLD)."""
+
+    def __init__(self, tier: int, clock: Iterator[int]) -> None:
+        """`clock` gives rising stamps; orders that are to be compared share one."""
+        self._tier = tier
+        self._clock = clock
+        self._entry = count()
+        self._heap: list[tuple[int, int, Block]] = []
+        self._live = 0  # blocks with a copy in this tier
+
+    def insert(self, block: Block) -> None:
+        """Add a block with the stamp it has: moving a copy is no use of it."""
+        self._live += 1
+        self.offer(block)
+
+    def touch(self, block: Block) -> None:
+        """Make `block` the most recently used."""
+        block.touched = next(self._clock)
+        self.offer(block)
+
+    def offer(self, block: Block) -> None:
+        """Give `block` an entry again."""
+        if block.copies & self._tier and not block.queued & self._tier:
+            block.queued |= self._tier
+            heapq.heappush(self._heap, (block.touched, next(self._entry), block))
+            if len(self._heap) > 2 * self._live + _SLACK_ENTRIES:
+                self._compact()
+
+    def victim(self, allowed: Callable[[Block], bool]) -> Block | None:
+        """The least recently used leaf that may leave."""
+        heap = self._heap
+        while heap:
+            stamp, _, block = heap[0]
+            if block.touched > stamp and block.copies & self._tier:
+                heapq.heapreplace(heap, (block.touched, next(self._entry), block))
+            elif block.copies & self._tier and self._is_leaf(block) and allowed(block):
+                return block
+            else:
+                heapq.heappop(heap)
+                block.queued &= ~self._tier
+        return None
+
+    def remove(self, block: Block) -> None:
+        """Pass the block's stamp on to its parent, which may be a leaf now."""
+        self._live -= 1
+        parent = block.parent
+        if parent is not None:
+            parent.touched = max(parent.touched, block.touched)
+            self.offer(parent)
+
+    def oldest_stamp(self) -> int | None:
+        """A lower bound of the stamp of the next victim, to compare orders that share a clock."""
+        return self._heap[0][0] if self._heap else None
+
+    def _compact(self) -> None:
+        """Drop entries of blocks that were deleted or cleared: without pressure they would pile up."""
+        kept = {
+            id(block): (block.touched, next(self._entry), block)
+            for _, _, block in self._heap
+            if block.copies & self._tier
+        }
+        for _, _, block in self._heap:
+            if id(block) not in kept:
+                block.queued &= ~self._tier
+        self._heap = list(kept.values())
+        heapq.heapify(self._heap)
+
+    def _is_leaf(self, block: Block) -> bool:
+        return not any(child.copies & self._tier for child in block.children())

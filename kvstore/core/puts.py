@@ -1,0 +1,175 @@
+"""Storing new blocks: begin gives slots, the engine copies, finish publishes.
+
+Nothing of a put is visible before finish: not in the index, and in no slot that a reader could name. Two sessions
+that put the same key at once both copy; the second to finish is told EXISTS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from kvstore.core.block import Namespace
+from kvstore.core.index import Index
+from kvstore.core.residency import Residency
+from kvstore.core.slots import Slot
+
+
+class PutStatus(IntEnum):
+    """What became of one block; the numbers of kvstore.v1.PutStatus."""
+
+    STORED = 1
+    EXISTS = 2
+    REJECTED = 3
+
+
+class Reject(IntEnum):
+    """Why a block was not stored; the numbers of kvstore.v1.RejectReason."""
+
+    NONE = 0
+    NO_ROOM = 1
+    NO_PARENT = 2
+    STAGING_BUSY = 3
+    DEADLINE = 4
+    CHECKSUM = 5
+    QUOTA = 6
+    UNAVAILABLE = 7
+    DRAINING = 8
+    CLEARED = 9
+
+
+@dataclass(slots=True)
+class PutItem:
+    """One block of a put. `slot` is FILLING and the put's own from begin to finish."""
+
+    key: bytes
+    parent: bytes
+    status: PutStatus = PutStatus.REJECTED
+    reason: Reject = Reject.NONE
+    slot: Slot | None = None
+    checksum: bytes = b""  # set by the engine once it copied and hashed
+
+
+@dataclass(slots=True)
+class PutPlan:
+    """A put between begin and finish."""
+
+    namespace: Namespace
+    epoch: int
+    items: list[PutItem] = field(default_factory=list)
+
+
+class Puts:
+    """The put side of the core."""
+
+    def __init__(self, index: Index, residency: Residency) -> None:
+        self._index = index
+        self._residency = residency
+        self.stored = 0
+        self.exists = 0
+        self.rejected: dict[Reject, int] = {}
+
+    def begin(self, namespace: Namespace, parent: bytes, keys: Sequence[bytes]) -> PutPlan:
+        """Settle what can be settled without the bytes, and take slots for the rest, in order."""
+        plan = PutPlan(namespace, namespace.epoch)
+        known = {b""} if not parent or self._index.find(namespace, parent) else set()
+        for key in keys:
+            plan.items.append(PutItem(key, parent if namespace.chain else b""))
+            parent = key
+        if namespace.chain and plan.items and not known and plan.items[0].parent:
+            self._reject(plan.items, Reject.NO_PARENT)
+            return plan
+        wanted = self._new_items(plan)
+        self._touch_known(plan)
+        slots = self._residency.take(namespace, len(wanted), plan)
+        for item, slot in zip(wanted, slots, strict=False):
+            item.slot = slot
+        if len(slots) < len(wanted):
+            self._refuse(plan, wanted[len(slots)], Reject.NO_ROOM)
+        return plan
+
+    def cancel(self, plan: PutPlan) -> None:
+        """Give a plan's slots back, as if it had never begun."""
+        for item in plan.items:
+            if item.slot is not None:
+                slot, item.slot = item.slot, None
+                self._residency.abandon(slot)
+
+    def finish(self, plan: PutPlan) -> None:
+        """Publish what was copied (items with a checksum) and give the other slots back."""
+        stale = plan.epoch != plan.namespace.epoch
+        for item in plan.items:
+            if item.slot is None:
+                continue
+            slot, item.slot = item.slot, None
+            if stale or not item.checksum:
+                item.reason = Reject.CLEARED if stale else (item.reason or Reject.DEADLINE)
+                self._residency.abandon(slot)
+            else:
+                self._publish(plan.namespace, item, slot)
+        self._count(plan.items)
+
+    def _publish(self, namespace: Namespace, item: PutItem, slot: Slot) -> None:
+        if self._index.find(namespace, item.key) is not None:
+            item.status = PutStatus.EXISTS
+            self._residency.abandon(slot)
+            return
+        held = namespace.blocks.get(item.key)
+        block = (
+            None if held is not None and held.slot is not None else self._index.insert(namespace, item.key, item.parent)
+        )
+        if block is None:  # the parent has gone, or an agent is still filling the hole
+            item.reason = Reject.NO_PARENT
+            self._residency.abandon(slot)
+            return
+        if block.copies:  # an orphan that its parent has just brought back
+            item.status = PutStatus.EXISTS
+            self._residency.abandon(slot)
+            return
+        block.checksum = item.checksum
+        item.status = PutStatus.STORED
+        self._residency.gain_warm(block, slot)
+        self._residency.touch(block)
+
+    def _new_items(self, plan: PutPlan) -> list[PutItem]:
+        wanted = []
+        for item in plan.items:
+            if self._index.find(plan.namespace, item.key) is not None:
+                item.status = PutStatus.EXISTS
+            else:
+                wanted.append(item)
+        return wanted
+
+    def _touch_known(self, plan: PutPlan) -> None:
+        """The parent and what exists already must not be what is dropped for the new blocks."""
+        names = (
+            [plan.items[0].parent, *(item.key for item in plan.items if item.status == PutStatus.EXISTS)]
+            if plan.items
+            else []
+        )
+        for name in names:
+            block = self._index.find(plan.namespace, name) if name else None
+            if block is not None:
+                self._residency.touch(block)
+
+    def _refuse(self, plan: PutPlan, first: PutItem, reason: Reject) -> None:
+        """`first` cannot be stored, so in a chain nothing after it can."""
+        at = plan.items.index(first)
+        first.reason = reason
+        for item in plan.items[at + 1 :]:
+            if item.status == PutStatus.REJECTED and item.slot is None:
+                item.reason = Reject.NO_PARENT if plan.namespace.chain else reason
+
+    def _reject(self, items: list[PutItem], reason: Reject) -> None:
+        for item in items:
+            item.reason = reason
+
+    def _count(self, items: list[PutItem]) -> None:
+        for item in items:
+            if item.status == PutStatus.STORED:
+                self.stored += 1
+            elif item.status == PutStatus.EXISTS:
+                self.exists += 1
+            else:
+                self.rejected[item.reason] = self.rejected.get(item.reason, 0) + 1

@@ -1,0 +1,270 @@
+"""Reading: match, acquire, and what happens to a lease while its cold part loads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from itertools import pairwise
+from math import lcm
+from typing import NamedTuple
+
+from kvstore.core.block import COLD, HOT, WARM, Block, Namespace
+from kvstore.core.index import KEY_BYTES, Index, blocks_of, split_keys
+from kvstore.core.leases import Lease, LeasePart, LeaseTable
+from kvstore.core.residency import Residency
+from kvstore.core.slots import Slot, SlotState
+
+
+class MatchResult(NamedTuple):
+    """Longest stored prefix; each block counts for its fastest tier."""
+
+    blocks: int
+    tokens: int
+    hot: int
+    warm: int
+    cold: int
+
+
+class AcquireGroup(NamedTuple):
+    """Keys of one namespace; `last` asks for the block at the common position only."""
+
+    namespace: Namespace
+    keys: bytes
+    last: bool = False
+
+
+class Readiness(NamedTuple):
+    """How far a lease has come."""
+
+    ready: int  # leading blocks that are readable
+    lost: int  # 0, or 1 + the index of the first block that never will be
+    pending: Slot | None  # the last slot in range that is still being filled
+
+
+class Reads:
+    """The read side of the core. `loads` are blocks whose slot an agent must fill, in prefix order."""
+
+    def __init__(self, index: Index, residency: Residency, ttl_s: float, promote_hits: int = 2) -> None:
+        """`promote_hits`: acquires of a block until it is copied to the hot tier."""
+        self._index = index
+        self._residency = residency
+        self._promote_hits = promote_hits
+        self.leases = LeaseTable(ttl_s, self._unpin)
+        self.loads: deque[Block] = deque()
+        self.promotions: dict[Block, None] = {}
+        self.lookups = 0
+        self.hit_blocks = 0
+        self.match_lookups = 0
+        self.match_hit_blocks = 0
+
+    def match(self, namespace: Namespace, keys: bytes) -> MatchResult:
+        """Longest stored prefix of packed keys; pins nothing, touches its leaf."""
+        found = self.stored_prefix(namespace, keys)
+        self.match_lookups += len(keys) // KEY_BYTES
+        self.match_hit_blocks += found
+        hot = warm = 0
+        if found:
+            blocks = namespace.blocks
+            self._residency.touch(blocks[keys[(found - 1) * KEY_BYTES : found * KEY_BYTES]])
+            counts = self._residency.counts
+            # Walking every block is only worth its time where the tiers can differ.
+            if counts[HOT].blocks or counts[COLD].blocks:
+                copies = [blocks[keys[i : i + KEY_BYTES]].copies for i in range(0, found * KEY_BYTES, KEY_BYTES)]
+                hot = sum(1 for c in copies if c & HOT)
+                warm = sum(1 for c in copies if c & WARM and not c & HOT)
+            else:
+                warm = found
+        return MatchResult(found, found * namespace.block_tokens, hot, warm, found - hot - warm)
+
+    def stored_prefix(self, namespace: Namespace, keys: bytes) -> int:
+        """Blocks of the longest prefix that is stored in tiers that are up."""
+        found = self._index.prefix(namespace, keys)
+        up = self._residency.up
+        if up[COLD] or not self._residency.counts[COLD].blocks:
+            return found
+        for i in range(found):  # an agent is down: its blocks are misses
+            if not self._residency.available(namespace.blocks[keys[i * KEY_BYTES : (i + 1) * KEY_BYTES]]):
+                return i
+        return found
+
+    def exists(self, namespace: Namespace, keys: bytes) -> bytes:
+        """One byte per key, 1 where it is stored and its tier is up."""
+        residency, index = self._residency, self._index
+        found = (index.find(namespace, key) for key in split_keys(keys))
+        return bytes(1 if block is not None and residency.available(block) else 0 for block in found)
+
+    def acquire(self, session_id: int, tenant: str, groups: Sequence[AcquireGroup], now_s: float) -> Lease | None:
+        """Pin the longest position that every group can serve; None where there is none.
+
+        Slots for everything that must be loaded are reserved at once, and the promise is cut to what was reserved.
+        """
+        self.lookups += sum(len(group.keys) // KEY_BYTES for group in groups)
+        unit = lcm(*(group.namespace.block_tokens for group in groups))
+        tokens = self._position(groups, unit, None)
+        while tokens:
+            parts = [self._part(group, tokens) for group in groups]
+            served = min(self._pin(part, group, tokens) for part, group in zip(parts, groups, strict=True))
+            if served == tokens:
+                break
+            if len(groups) == 1 and not groups[0].last and served:
+                tokens = served
+                break
+            for part in parts:
+                self._unpin(part, 0, len(part.slots))
+            tokens = self._position(groups, unit, served)
+        if not tokens:
+            return None
+        for part in parts:
+            self._residency.touch(part.blocks[-1])
+            self.hit_blocks += len(part.blocks)
+        return self.leases.open(session_id, tenant, parts, tokens, now_s)
+
+    def prefetch(self, namespace: Namespace, keys: bytes) -> int:
+        """Start loading the cold part of the longest stored prefix without pinning it; returns blocks that load."""
+        found = self.stored_prefix(namespace, keys)
+        if not found:
+            return 0
+        before = len(self.loads)
+        group = AcquireGroup(namespace, keys)
+        part = self._part(group, found * namespace.block_tokens)
+        self._pin(part, group, found * namespace.block_tokens)
+        if part.blocks:
+            self._residency.touch(part.blocks[-1])
+        self._unpin(part, 0, len(part.slots))
+        return len(self.loads) - before
+
+    def readiness(self, lease: Lease, stop: int) -> Readiness:
+        """How much of [0, stop) of every part is readable."""
+        ready, lost, pending = 1 << 62, 0, None
+        for part in lease.parts:
+            limit = min(stop, len(part.slots))
+            found = limit
+            for i in range(part.released, limit):
+                state = part.slots[i].state
+                if state == SlotState.FILLING:
+                    found, pending = min(found, i), part.slots[i]
+                elif state == SlotState.FREE:
+                    found, lost = min(found, i), min(lost or i + 1, i + 1)
+                    break
+            ready = min(ready, found if part.first_block == 0 or found < limit else stop)
+        return Readiness(ready, lost, pending)
+
+    def source(self, block: Block) -> int:
+        """The tier to load a block from: HOT, COLD, or 0 where none can serve it."""
+        for tier in (HOT, COLD):
+            if block.copies & tier and self._residency.up[tier]:
+                return tier
+        return 0
+
+    def loaded(self, block: Block, tier: int) -> None:
+        """The agent of `tier` has filled the block's slot, and the checksum held."""
+        slot = block.slot
+        assert slot is not None
+        if block.copies & tier:
+            self._residency.counts[tier].hits += 1
+            self._residency.gain_warm(block, slot)
+        else:  # deleted, cleared or evicted while it was loading
+            self.load_failed(block, 0)
+
+    def load_failed(self, block: Block, lost_tier: int) -> None:
+        """The slot was not filled. `lost_tier`: the tier whose copy proved bad or missing, or 0 (try again later)."""
+        if lost_tier and block.copies & lost_tier:
+            self._residency.drop_below(block, lost_tier, delete=False)
+        if self.source(block) and lost_tier:
+            self.loads.appendleft(block)  # another copy may be good
+            return
+        slot, block.slot = block.slot, None
+        assert slot is not None
+        self._residency.abandon(slot)
+        self._index.lost(block)
+
+    # -- internals --------------------------------------------------------------------------------------------
+
+    def _position(self, groups: Sequence[AcquireGroup], unit: int, below: int | None) -> int:
+        """The longest common position in tokens, below `below` where given."""
+        limit = (1 << 62) if below is None else below
+        for namespace, keys, last in groups:
+            blocks = len(keys) // KEY_BYTES if last else self.stored_prefix(namespace, keys)
+            limit = min(limit, blocks * namespace.block_tokens)
+        tokens = limit - limit % unit
+        lasts = [group for group in groups if group.last]
+        while tokens and not all(self._has(group, tokens) for group in lasts):
+            tokens -= unit
+        return tokens
+
+    def _has(self, group: AcquireGroup, tokens: int) -> bool:
+        at = tokens // group.namespace.block_tokens - 1
+        block = self._index.find(group.namespace, group.keys[at * KEY_BYTES : (at + 1) * KEY_BYTES])
+        return block is not None and self._residency.available(block)
+
+    def _part(self, group: AcquireGroup, tokens: int) -> LeasePart:
+        stop = tokens // group.namespace.block_tokens
+        first = stop - 1 if group.last else 0
+        keys = split_keys(group.keys[first * KEY_BYTES : stop * KEY_BYTES])
+        return LeasePart(group.namespace, first, blocks_of(group.namespace, keys), [])
+
+    def _pin(self, part: LeasePart, group: AcquireGroup, tokens: int) -> int:
+        """Pin a part's slots, reserving those it lacks; returns the tokens it can serve."""
+        hits = self._promote_hits
+        slots: list[Slot | None] = []
+        warm_hits = 0
+        for block in part.blocks:
+            slot = block.slot
+            if slot is not None:
+                slot.pins += 1
+                warm_hits += 1
+                block.hits += 1
+                if block.hits == hits:
+                    self._promote(block)
+            slots.append(slot)
+        self._residency.counts[WARM].hits += warm_hits
+        if warm_hits < len(slots):
+            self._reserve(part, slots)
+        part.slots = [slot for slot in slots if slot is not None]
+        if len(part.blocks) == len(part.slots):
+            return tokens
+        del part.blocks[len(part.slots) :]
+        return 0 if group.last else len(part.slots) * part.namespace.block_tokens
+
+    def _reserve(self, part: LeasePart, slots: list[Slot | None]) -> None:
+        """Give every missing slot of a part to a load; what finds no room cuts the part there."""
+        missing = [i for i, slot in enumerate(slots) if slot is None]
+        taken = self._residency.take(part.namespace, len(missing), part)
+        for i, slot in zip(missing, taken, strict=False):
+            block = part.blocks[i]
+            block.slot = slots[i] = slot
+            slot.pins += 1
+            block.hits += 1
+            self.loads.append(block)
+        if len(taken) < len(missing):
+            cut = missing[len(taken)]
+            self._unpin_slots([slot for slot in slots[cut:] if slot is not None])
+            del slots[cut:]
+
+    def _promote(self, block: Block) -> None:
+        if self._residency.up[HOT] and not block.copies & HOT:
+            self.promotions[block] = None
+
+    def _unpin_slots(self, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            if slot.pins > 1 and slot.state == SlotState.READY:
+                slot.pins -= 1
+            else:
+                self._residency.slots.unpin(slot)
+
+    def _unpin(self, part: LeasePart, start: int, stop: int) -> None:
+        self._unpin_slots(part.slots[start:stop])
+        if stop <= start:
+            return
+        residency = self._residency
+        blocks = part.blocks[start:stop]
+        residency.offer(blocks[-1])
+        if part.namespace.chain:
+            # Only a leaf can have been waiting for its pin to go; in a chain that is the last block, or one
+            # whose child has left warm.
+            for block, child in pairwise(blocks):
+                if not child.copies & WARM:
+                    residency.offer(block)
+        else:
+            for block in blocks:
+                residency.offer(block)

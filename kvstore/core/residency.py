@@ -1,0 +1,320 @@
+"""Which copies exist in which tier: budgets, orders, and the one place where copies come and go.
+
+Pure bookkeeping. What must happen on a medium as a consequence is left in `deletes` (copies to delete) for the
+engine to carry out; memory of warm slots is freed through the slot table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import count
+
+from kvstore.core.block import COLD, HOT, WARM, Block, Namespace
+from kvstore.core.budget import Budget
+from kvstore.core.index import Index
+from kvstore.core.leaf_lru import LeafLru
+from kvstore.core.slabs import SlabAllocator
+from kvstore.core.slots import Slot, SlotState, SlotTable
+
+BelowRef = tuple[bytes, bytes]  # namespace digest, key
+ClassKey = tuple[str, int]  # tenant, slot bytes
+
+
+@dataclass(slots=True)
+class TierCount:
+    """Counters of one tier, in blocks."""
+
+    blocks: int = 0
+    hits: int = 0
+    evictions: int = 0
+    writes: int = 0
+    write_failures: int = 0
+    corrupt: int = 0
+
+
+@dataclass(slots=True)
+class Limits:
+    """Capacities in bytes, and per tenant where configured ({tier: {tenant: bytes}})."""
+
+    warm_bytes: int
+    cold_bytes: int = 0
+    hot_bytes: int = 0
+    tenant_bytes: dict[int, dict[str, int]] = field(default_factory=dict)
+
+
+class Residency:
+    """Copies of blocks in hot, warm and cold."""
+
+    def __init__(self, index: Index, slots: SlotTable, allocator: SlabAllocator, limits: Limits) -> None:
+        self.index = index
+        self.slots = slots
+        self.allocator = allocator
+        self._clock = count(1)
+        self.budgets = {
+            tier: Budget(capacity, limits.tenant_bytes.get(tier, {}))
+            for tier, capacity in ((HOT, limits.hot_bytes), (WARM, limits.warm_bytes), (COLD, limits.cold_bytes))
+        }
+        self.counts = {tier: TierCount() for tier in (HOT, WARM, COLD)}
+        self.up = {HOT: False, WARM: True, COLD: False}
+        self.deletes: dict[int, list[BelowRef]] = {HOT: [], COLD: []}
+        self.dirty: dict[Block, None] = {}  # in warm and nowhere below, oldest first
+        self.clean_bytes = 0  # in warm and below, so that dropping it loses nothing
+        self.dropped_unsaved = 0
+        self.raw_cold_bytes = 0
+        self._warm_orders: dict[ClassKey, LeafLru] = {}
+        self._orders = {HOT: LeafLru(HOT, self._clock), COLD: LeafLru(COLD, self._clock)}
+        # Asked for a slab when a class has no free slot; the engine makes one at once, or says no.
+        self.grow: Callable[[str, int], bool] = lambda tenant, slot_size: False
+        slots.freed = self._slot_freed
+
+    # -- uses -------------------------------------------------------------------------------------------------
+
+    def touch(self, block: Block) -> None:
+        """Note a use of the prefix that ends with `block`."""
+        block.touched = next(self._clock)
+        self.offer(block)
+
+    def offer(self, block: Block) -> None:
+        """`block` may have become free to leave."""
+        copies = block.copies
+        if copies & WARM:
+            self.warm_order(block.namespace).offer(block)
+        if copies & COLD:
+            self._orders[COLD].offer(block)
+        if copies & HOT:
+            self._orders[HOT].offer(block)
+
+    def first_out(self, block: Block) -> None:
+        """Make `block` the next to leave (orphans)."""
+        block.touched = 0
+        block.queued = 0  # its old entries are dropped when they come up: their stamp is newer than the block's
+        self.offer(block)
+
+    def available(self, block: Block) -> bool:
+        """Whether a copy can be read now (an agent may be down)."""
+        copies = block.copies
+        return bool(copies & WARM) or (bool(copies & HOT) and self.up[HOT]) or (bool(copies & COLD) and self.up[COLD])
+
+    # -- warm -------------------------------------------------------------------------------------------------
+
+    def warm_order(self, namespace: Namespace) -> LeafLru:
+        """The order of the namespace's size class."""
+        key = (namespace.tenant, namespace.slot_bytes)
+        order = self._warm_orders.get(key)
+        if order is None:
+            order = self._warm_orders[key] = LeafLru(WARM, self._clock)
+        return order
+
+    def take(self, namespace: Namespace, wanted: int, owner: object) -> list[Slot]:
+        """Up to `wanted` slots in FILLING, dropping unpinned blocks of the same size class where none is free."""
+        budget = self.budgets[WARM]
+        order = self.warm_order(namespace)
+        found: list[Slot] = []
+        while len(found) < wanted:
+            missing = wanted - len(found)
+            over = budget.missing(namespace.tenant, missing * namespace.slot_bytes)
+            room = missing - -(-over // namespace.slot_bytes)
+            refs = self.allocator.take(namespace.tenant, namespace.slot_bytes, room) if room > 0 else []
+            if not refs and room > 0 and self.grow(namespace.tenant, namespace.slot_bytes):
+                continue
+            found.extend(self.slots.fill(ref, owner) for ref in refs)
+            budget.add(namespace.tenant, len(refs) * namespace.slot_bytes)
+            if len(found) == wanted:
+                break
+            victim = order.victim(self._may_leave_warm)
+            if victim is None:
+                break
+            self.evict_warm(victim)
+        return found
+
+    def gain_warm(self, block: Block, slot: Slot) -> None:
+        """A filled slot becomes the block's warm copy."""
+        self.slots.publish(slot, block)
+        below = block.copies
+        block.slot = slot
+        block.copies |= WARM
+        self.counts[WARM].blocks += 1
+        self.counts[WARM].writes += 1
+        if below:
+            self.clean_bytes += slot_bytes(block)
+        else:
+            self.dirty[block] = None
+        self.warm_order(block.namespace).insert(block)
+
+    def evict_warm(self, block: Block) -> None:
+        """Drop a warm copy for room."""
+        self.counts[WARM].evictions += 1
+        if block.copies == WARM:
+            self.dropped_unsaved += 1
+        self.drop_warm(block)
+        self.index.lost(block)
+
+    def drop_warm(self, block: Block) -> None:
+        """The warm copy goes; readers that hold it keep their bytes until they end."""
+        slot = block.slot
+        assert slot is not None and block.copies & WARM
+        block.copies &= ~WARM
+        block.slot = None
+        self.slots.retire(slot)
+        self.counts[WARM].blocks -= 1
+        if block.copies:
+            self.clean_bytes -= slot_bytes(block)
+        self.dirty.pop(block, None)
+        self.warm_order(block.namespace).remove(block)
+
+    def oldest_warm(self) -> Block | None:
+        """The block whose warm copy would leave next, over all size classes."""
+        victims = [order.victim(self._may_leave_warm) for order in self._warm_orders.values()]
+        return min((block for block in victims if block is not None), key=lambda block: block.touched, default=None)
+
+    def _may_leave_warm(self, block: Block) -> bool:
+        slot = block.slot
+        if slot is None or slot.pins or block.saving:
+            return False
+        return block.copies != WARM or block.first_child is None
+
+    def _slot_freed(self, slot: Slot) -> None:
+        slab = self.allocator.slab(slot.slab_id)
+        self.budgets[WARM].remove(slab.tenant, slab.geometry.slot_bytes)
+
+    def abandon(self, slot: Slot) -> None:
+        """A filler failed."""
+        self.slots.abandon(slot)
+
+    # -- hot and cold -----------------------------------------------------------------------------------------
+
+    def gain_below(self, block: Block, tier: int, stored_bytes: int) -> None:
+        """The block has a copy in HOT or COLD that takes `stored_bytes` there."""
+        assert not block.copies & tier
+        if block.copies == WARM:
+            self.dirty.pop(block, None)
+            self.clean_bytes += slot_bytes(block)
+        block.copies |= tier
+        if tier == COLD:
+            block.stored_bytes = stored_bytes
+            self.raw_cold_bytes += block.namespace.block_nbytes
+        self.budgets[tier].add(block.namespace.tenant, stored_bytes)
+        self.counts[tier].blocks += 1
+        self._orders[tier].insert(block)
+        if block.slot is not None:
+            self.warm_order(block.namespace).offer(block)
+
+    def drop_below(self, block: Block, tier: int, delete: bool = True) -> None:
+        """A copy in HOT or COLD goes; `delete` says that the medium still has it."""
+        assert block.copies & tier
+        block.copies &= ~tier
+        stored = block.stored_bytes if tier == COLD else block.namespace.block_nbytes
+        if tier == COLD:
+            block.stored_bytes = 0
+            self.raw_cold_bytes -= block.namespace.block_nbytes
+        self.budgets[tier].remove(block.namespace.tenant, stored)
+        self.counts[tier].blocks -= 1
+        if delete:
+            self.deletes[tier].append((block.namespace.digest, block.key))
+        if block.copies == WARM:
+            self.clean_bytes -= slot_bytes(block)
+            self.dirty[block] = None
+        self._orders[tier].remove(block)
+
+    def make_room_below(self, tier: int, tenant: str, nbytes: int) -> bool:
+        """Drop the oldest copies of HOT or COLD until `nbytes` fit; False where they cannot."""
+        budget = self.budgets[tier]
+        while budget.missing(tenant, nbytes):
+            # Over the tenant's own limit only its own blocks make room.
+            owner = tenant if budget.used_bytes + nbytes <= budget.capacity_bytes else None
+            block = self._victim_below(tier, owner)
+            if block is None:
+                return False
+            self.evict_below(block, tier)
+        return True
+
+    def _victim_below(self, tier: int, owner: str | None) -> Block | None:
+        return self._orders[tier].victim(lambda block: self._may_leave_below(block, tier, owner))
+
+    def evict_below(self, block: Block, tier: int) -> None:
+        """Drop a copy in HOT or COLD for room."""
+        self.counts[tier].evictions += 1
+        self.drop_below(block, tier)
+        self.index.lost(block)
+
+    def oldest_below(self, tier: int) -> Block | None:
+        """The block whose copy in HOT or COLD would leave next."""
+        return self._victim_below(tier, None)
+
+    def _may_leave_below(self, block: Block, tier: int, tenant: str | None) -> bool:
+        if tenant is not None and block.namespace.tenant != tenant:
+            return False
+        if block.saving or (block.slot is not None and block.slot.state == SlotState.FILLING):
+            return False  # an agent reads or writes that very copy
+        return block.copies != tier or block.first_child is None
+
+    # -- all copies -------------------------------------------------------------------------------------------
+
+    def forget(self, block: Block) -> None:
+        """Drop every copy of a block that is no longer wanted (deleted, cleared)."""
+        if block.copies & WARM:
+            self.drop_warm(block)
+        for tier in (HOT, COLD):
+            if block.copies & tier:
+                self.drop_below(block, tier)
+        if block.slot is None:
+            self.index.lost(block)
+
+    def forget_all(self, blocks: Iterable[Block]) -> int:
+        """Drop many, children before parents; returns how many had a copy."""
+        dropped = 0
+        for block in reversed(list(blocks)):
+            dropped += bool(block.copies)
+            self.forget(block)
+        return dropped
+
+    # -- slabs ------------------------------------------------------------------------------------------------
+
+    def reclaim_slab(self, tenant: str, slot_size: int) -> int | None:
+        """Empty a slab of another class and start to retire it; returns its id.
+
+        The engine unmaps it and calls `allocator.retired`. None where every other slab is in use.
+        """
+        for slab in self.allocator.donors(tenant, slot_size):
+            slots = self.slots.in_slab(slab.slab_id)
+            if all(self._may_be_moved(slot) for slot in slots):
+                for slot in slots:
+                    if slot.state != SlotState.FREE:  # it may have gone with an earlier one's subtree
+                        self._drop_with_subtree(slot)
+                self.allocator.retire(slab.slab_id)
+                return slab.slab_id
+        return None
+
+    def colder_elsewhere(self, namespace: Namespace) -> bool:
+        """Whether another size class holds something older than anything of this one."""
+        mine = self.warm_order(namespace).oldest_stamp()
+        if mine is None:
+            return True
+        stamps = (o.oldest_stamp() for o in self._warm_orders.values() if o is not self.warm_order(namespace))
+        return any(stamp is not None and stamp < mine for stamp in stamps)
+
+    def _may_be_moved(self, slot: Slot) -> bool:
+        block = slot.owner
+        if slot.state != SlotState.READY or slot.pins or not isinstance(block, Block) or block.saving:
+            return False
+        if block.copies != WARM or block.first_child is None:
+            return True
+        return not any(
+            b.saving or (b.slot is not None and (b.slot.pins or b.slot.state != SlotState.READY))
+            for b in block.subtree()
+        )
+
+    def _drop_with_subtree(self, slot: Slot) -> None:
+        block = slot.owner
+        assert isinstance(block, Block)
+        if block.copies != WARM or block.first_child is None:
+            self.evict_warm(block)
+        else:
+            self.dropped_unsaved += 1
+            self.forget_all(block.subtree())
+
+
+def slot_bytes(block: Block) -> int:
+    """Bytes that a block takes in warm."""
+    return block.namespace.slot_bytes

@@ -1,0 +1,63 @@
+"""After a restart: which blocks of the cold tier can still be trusted to be what they were."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from kvstore.core.block import COLD, Namespace
+from kvstore.core.cache import BlockCache, NamespaceShape, RecoveredBlock
+from kvstore.engine.catalogue import Catalogue
+from kvstore.protocol.convert import from_proto
+from kvstore.protocol.errors import InvalidRequest
+from kvstore.protocol.namespace import NamespaceSpec
+from kvstore.tiers.base import BlockRef, StoredRecord
+from kvstore.v1 import admin_pb2
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Recovered:
+    """Outcome of a recovery."""
+
+    blocks: int = 0
+    swept: list[BlockRef] = field(default_factory=list)  # of no known namespace, an old epoch, or a wrong size
+
+
+def shape_of(tenant: str, spec: NamespaceSpec) -> NamespaceShape:
+    """What the core needs of a specification."""
+    dtype = spec.layout.tensors[0].dtype if spec.layout.tensors else ""
+    return NamespaceShape(tenant, spec.block_nbytes, spec.block_tokens, spec.kind == "chain", dtype)
+
+
+def recover(cache: BlockCache, catalogue: Catalogue, records: Iterable[StoredRecord]) -> Recovered:
+    """Enter every record that belongs to a remembered namespace at its present epoch. Under the engine's lock."""
+    result = Recovered()
+    namespaces = {}
+    for digest, entry in catalogue.entries.items():
+        opened = _reopen(cache, entry)
+        if opened is not None:
+            namespaces[digest] = opened
+    for record in records:
+        namespace = namespaces.get(record.ref.namespace)
+        if namespace is None or record.epoch != namespace.epoch or record.nbytes != namespace.block_nbytes:
+            result.swept.append(record.ref)
+            continue
+        cache.recover(namespace, RecoveredBlock(record.ref.key, record.parent, record.checksum, record.stored_bytes))
+        result.blocks += 1
+    for namespace in namespaces.values():
+        cache.recovered(namespace)
+    budget = cache.residency.budgets[COLD]
+    if budget.used_bytes > budget.capacity_bytes:  # the tier was made smaller
+        cache.evict(COLD, budget.used_bytes - budget.capacity_bytes)
+    return result
+
+
+def _reopen(cache: BlockCache, entry: admin_pb2.NamespaceInfo) -> Namespace | None:
+    try:
+        return cache.open_namespace(entry.namespace, shape_of(entry.tenant, from_proto(entry.spec)), entry.epoch)
+    except InvalidRequest as error:
+        _log.warning("namespace %s is left out: %s", entry.namespace[:8].hex(), error)
+        return None

@@ -1,0 +1,167 @@
+"""Makes and retires slabs: ahead of demand on a thread of its own, at once where a class has none."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from kvstore.core.block import Namespace
+from kvstore.core.cache import BlockCache
+from kvstore.core.residency import ClassKey
+from kvstore.core.slabs import Slab
+from kvstore.tiers.warm import WarmPool
+
+# Left to the rest of the machine whatever --warm-bytes says.
+_RESERVE_BYTES = 128 << 20
+_RETRY_S = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+class SlabKeeper:
+    """Moves memory between size classes and tenants as demand shifts.
+
+    The first class that is opened gets populated slabs until the pool is full. A class that comes later and finds
+    nothing takes slabs from those that need them least.
+    """
+
+    def __init__(
+        self,
+        lock: threading.Lock,
+        cache: BlockCache,
+        pool: WarmPool,
+        headroom: Callable[[], int],
+        retired: Callable[[int], None],
+    ) -> None:
+        """`headroom` says how many bytes the machine and the cgroup can still give; `retired` is told slab ids."""
+        self._lock = lock
+        self._cache = cache
+        self._pool = pool
+        self._headroom = headroom
+        self._retired = retired
+        self.changed = threading.Condition(lock)  # a slab was made, or none can be
+        self._wake = threading.Event()
+        self._closing = False
+        self._demand: ClassKey | None = None
+        self._starving: dict[ClassKey, None] = {}
+        self._unpopulated: deque[int] = deque()
+        self.short_of_memory = 0
+        cache.residency.grow = self._grow_now
+        self._thread = threading.Thread(target=self._run, name="slab-keeper", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def expect(self, namespace: Namespace) -> None:
+        """Blocks of this namespace are about to come."""
+        self._demand = (namespace.tenant, namespace.slot_bytes)
+        self._wake.set()
+
+    def starve(self, namespace: Namespace) -> None:
+        """A block of this namespace found no slot: take a slab from another class. Under the lock."""
+        self._starving[(namespace.tenant, namespace.slot_bytes)] = None
+        self._wake.set()
+
+    def close(self) -> None:
+        """Stop, and give all memory back."""
+        self._closing = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(10.0)
+        self._pool.close()
+
+    # -- at once, under the engine's lock ---------------------------------------------------------------------
+
+    def _grow_now(self, tenant: str, slot_size: int) -> bool:
+        """A slab without its pages: about 100 µs for any size. They are taken by its first user or the thread."""
+        slab = self._planned(tenant, slot_size)
+        if slab is None:
+            return False
+        try:
+            self._pool.make(slab.slab_id, slab.geometry)
+        except OSError as error:
+            self._cache.allocator.failed(slab.slab_id)
+            _log.warning("cannot make a slab: %s", error)
+            return False
+        self._cache.allocator.made(slab.slab_id)
+        self._unpopulated.append(slab.slab_id)
+        self._wake.set()
+        return True
+
+    def _planned(self, tenant: str, slot_size: int) -> Slab | None:
+        slab = self._cache.allocator.plan(tenant, slot_size)
+        if slab is not None and self._headroom() < slab.geometry.segment_bytes + _RESERVE_BYTES:
+            self._cache.allocator.failed(slab.slab_id)
+            self.short_of_memory += 1
+            return None
+        return slab
+
+    # -- on the thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._closing:
+            if not self._step():
+                self._wake.wait(_RETRY_S if self._starving else None)
+                self._wake.clear()
+
+    def _step(self) -> bool:
+        """Do one piece of work; False where there is none."""
+        if self._unpopulated:
+            self._populate(self._unpopulated.popleft())
+            return True
+        if self._starving:
+            return self._feed(next(iter(self._starving)))
+        return self._demand is not None and self._make(self._demand)
+
+    def _feed(self, key: ClassKey) -> bool:
+        with self._lock:
+            if self._cache.allocator.free_slots(*key):
+                self._starving.pop(key, None)
+                return True
+            reclaimed = None if self._can_plan(key) else self._cache.residency.reclaim_slab(*key)
+        if reclaimed is not None:
+            self._drop(reclaimed)
+        made = self._make(key)
+        with self._lock:
+            self._starving.pop(key, None)
+            self.changed.notify_all()
+        return made
+
+    def _can_plan(self, key: ClassKey) -> bool:
+        slab = self._cache.allocator.plan(*key)
+        if slab is not None:
+            self._cache.allocator.failed(slab.slab_id)
+        return slab is not None
+
+    def _make(self, key: ClassKey) -> bool:
+        with self._lock:
+            slab = self._planned(*key)
+        if slab is None:
+            return False
+        try:
+            self._pool.make(slab.slab_id, slab.geometry)
+        except OSError as error:
+            _log.warning("cannot make a slab: %s", error)
+            with self._lock:
+                self._cache.allocator.failed(slab.slab_id)
+            return False
+        self._populate(slab.slab_id)
+        with self._lock:
+            self._cache.allocator.made(slab.slab_id)
+            self.changed.notify_all()
+        return True
+
+    def _populate(self, slab_id: int) -> None:
+        try:
+            self._pool.populate(slab_id)
+        except MemoryError as error:
+            _log.warning("slab %d is used without being populated: %s", slab_id, error)
+
+    def _drop(self, slab_id: int) -> None:
+        self._pool.drop(slab_id)
+        self._retired(slab_id)
+        with self._lock:
+            self._cache.allocator.retired(slab_id)

@@ -1,0 +1,472 @@
+"""The engine: one lock around the core, and the threads, memory and media that carry out what it decides.
+
+Every method may be called from any thread. None holds the lock while it copies a block, talks to an agent, or
+makes a populated slab.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import sys
+import threading
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from kvstore.core.block import COLD, HOT, WARM, Namespace
+from kvstore.core.cache import BlockCache, CacheConfig
+from kvstore.core.index import split_keys
+from kvstore.core.leases import Lease, LeasePart
+from kvstore.core.puts import PutPlan, PutStatus, Reject
+from kvstore.core.reads import AcquireGroup, MatchResult
+from kvstore.core.residency import Limits
+from kvstore.core.slabs import SlotRef
+from kvstore.core.slots import SlotState
+from kvstore.engine.catalogue import Catalogue
+from kvstore.engine.checking import Checker
+from kvstore.engine.mover import AgentedTier, DurableTier, Mover
+from kvstore.engine.putting import copy_in, source_of
+from kvstore.engine.recovery import recover, shape_of
+from kvstore.engine.sessions import Peer, Session, Sessions
+from kvstore.engine.slab_keeper import SlabKeeper
+from kvstore.engine.snapshot import Snapshots
+from kvstore.protocol.errors import InvalidRequest, LeaseExpired, Unavailable
+from kvstore.protocol.namespace import NamespaceSpec
+from kvstore.tiers.warm import SlabInfo, WarmPool
+from kvstore.v1 import admin_pb2, kvstore_pb2
+
+_TICK_S = 1.0
+_ROOM_WAIT_S = 1.0  # a put's longest wait for a slab that is being made for it
+# LMDB needs pages for its trees and for the copies a transaction replaces: measured overhead 8-10 %.
+_COLD_FILL = 0.85
+_HANDOFF_TOKEN_BYTES = 16
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class StoreConfig:
+    """What an engine needs to know. Sizes in bytes; `tenant_bytes` is {tier: {tenant: bytes}}, as in core.block."""
+
+    state_dir: Path
+    warm_bytes: int
+    cold_bytes: int = 0
+    hot_bytes: int = 0
+    tenant_bytes: dict[int, dict[str, int]] = field(default_factory=dict)
+    lease_ttl_s: float = 30.0
+    staging_max_bytes: int = 256 << 20
+    staging_total_bytes: int = 2 << 30
+    lock_pages: bool = True
+    version: str = "0"
+
+
+class Store:
+    """The facade that transports call. Call sequence: attach_tier for each medium, start, anything, close."""
+
+    def __init__(
+        self, config: StoreConfig, headroom: Callable[[], int], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`headroom` says how many bytes the machine can still give."""
+        self._config = config
+        self._clock = clock
+        self._lock = threading.Lock()
+        limits = Limits(config.warm_bytes, int(config.cold_bytes * _COLD_FILL), config.hot_bytes, config.tenant_bytes)
+        self._pool = WarmPool(config.warm_bytes, config.lock_pages)
+        self._cache = BlockCache(CacheConfig(limits, config.lease_ttl_s), self._set_generation)
+        self._mover = Mover(self._lock, self._cache, self._pool)
+        self._sessions = Sessions(config.staging_max_bytes, config.staging_total_bytes)
+        self._slabs = SlabKeeper(self._lock, self._cache, self._pool, headroom, self._slab_retired)
+        self._catalogue = Catalogue(config.state_dir)
+        self._checker = Checker(self._lock, self._cache, self._pool, self._mover)
+        self.instance_id = secrets.token_hex(8)
+        self._snapshots = Snapshots(config.version, self.instance_id, clock())
+        self.draining = False
+        self._closing = threading.Event()
+        self._ticker = threading.Thread(target=self._tick_loop, name="ticker", daemon=True)
+
+    # -- life -------------------------------------------------------------------------------------------------
+
+    def attach_tier(self, tier: int, medium: AgentedTier) -> None:
+        """Add HOT or COLD, before start; its agent may come up and go down from now on (see tier_up, tier_down)."""
+        self._mover.attach(tier, medium)
+
+    def start(self) -> None:
+        """Recover what the cold tier holds, and begin to work."""
+        self._catalogue.load()
+        clean = self._catalogue.take_clean_mark()
+        cold = self._mover.tier(COLD)
+        if cold is not None:
+            started = self._clock()
+            records = list(cast(DurableTier, cold).scan())
+            with self._lock:
+                result = recover(self._cache, self._catalogue, records)
+            if result.swept:
+                cold.delete(result.swept)
+            _log.info(
+                "recovered %d cold blocks in %.2f s, swept %d (%s shutdown)",
+                result.blocks, self._clock() - started, len(result.swept), "clean" if clean else "unclean",
+            )  # fmt: skip
+        self._slabs.start()
+        self._mover.start()
+        self._ticker.start()
+
+    def tier_up(self, tier: int) -> None:
+        """An agent serves."""
+        with self._lock:
+            self._cache.residency.up[tier] = True
+        self._mover.wake_saver()
+
+    def tier_down(self, tier: int) -> None:
+        """An agent has gone: its blocks are misses until it is back; the hot tier's are lost."""
+        with self._lock:
+            self._cache.residency.up[tier] = False
+            if tier == HOT:
+                blocks = [b for n in self._cache.index.namespaces.values() for b in n.blocks.values() if b.copies & HOT]
+                self._cache.moves.tier_lost(HOT, blocks)
+
+    def start_drain(self) -> None:
+        """Refuse puts from now on."""
+        self.draining = True
+
+    def close(self, grace_s: float) -> None:
+        """Save what is dirty, put everything away; within `grace_s` and the tiers' own bounds."""
+        self.start_drain()
+        unsaved = self.flush(grace_s)[1]
+        self._closing.set()
+        self._mover.close()
+        if unsaved == 0:
+            self._catalogue.leave_clean_mark()
+        for session in self._sessions.all():
+            self.close_session(session)
+        for medium in self._mover.states().values():
+            medium.close()
+        self._slabs.close()
+
+    # -- sessions ---------------------------------------------------------------------------------------------
+
+    def open_session(self, peer: Peer, name: str, tenant: str) -> Session:
+        """Begin a session of a process that has just attached."""
+        session = self._sessions.open(peer, name, tenant)
+        self.touch(session)
+        return session
+
+    def attach_staging(self, session: Session, staging_bytes: int) -> int:
+        """Give the session its staging segment; returns its size."""
+        return self._sessions.attach_staging(session, staging_bytes)
+
+    def close_session(self, session: Session) -> None:
+        """End a session with its leases and its staging; idempotent."""
+        if self._sessions.close(session):
+            with self._lock:
+                self._cache.reads.leases.end_session(session.id)
+            self._mover.kick_saves()
+
+    def touch(self, session: Session) -> None:
+        """Any frame of a session renews its leases."""
+        session.last_frame_s = now = self._clock()
+        session.calls += 1
+        self._cache.reads.leases.renew(session.id, now)
+
+    def map_slabs(self, session: Session, ids: Sequence[int]) -> list[tuple[SlabInfo, int]]:
+        """Geometry and descriptor of the slabs that live and that the session may see; 0 is its staging."""
+        found = []
+        with self._lock:
+            for slab_id in ids:
+                if slab_id == 0:
+                    staging = session.staging
+                    if staging is not None:
+                        found.append((SlabInfo(0, staging.nbytes, staging.nbytes, 1, 0), staging.fd))
+                elif self._owned(slab_id, session.tenant):
+                    info = self._pool.info(slab_id)
+                    if info is not None:
+                        found.append(info)
+        return found
+
+    # -- namespaces -------------------------------------------------------------------------------------------
+
+    def open_namespace(self, session: Session, spec: NamespaceSpec) -> Namespace:
+        """Open a namespace, and make room for its blocks in the background."""
+        digest = spec.digest(session.tenant)
+        with self._lock:
+            known = self._catalogue.entries.get(digest)
+            epoch = known.epoch if known is not None else 0
+            namespace = self._cache.open_namespace(digest, shape_of(session.tenant, spec), epoch)
+        try:
+            self._catalogue.add(digest, session.tenant, spec, namespace.epoch)
+        except OSError as error:  # it works; its cold blocks are swept at the next start
+            _log.warning("cannot remember namespace %s: %s", digest[:8].hex(), error)
+        self._slabs.expect(namespace)
+        return namespace
+
+    def clear(self, session: Session, namespace: bytes) -> int:
+        """Drop every block of a namespace; returns its new epoch.
+
+        Raises:
+            Unavailable: the new epoch cannot be made durable. Nothing has been cleared.
+        """
+        found = self._namespace(session, namespace)
+        try:
+            self._catalogue.set_epoch(namespace, found.epoch + 1)
+        except OSError as error:
+            raise Unavailable(f"the new epoch cannot be written to {self._config.state_dir}: {error}") from error
+        with self._lock:
+            epoch = self._cache.clear(found)
+        self._mover.wake_saver()
+        return epoch
+
+    def delete(self, session: Session, namespace: bytes, keys: bytes) -> int:
+        """Forget blocks and what hangs on them."""
+        found = self._namespace(session, namespace)
+        with self._lock:
+            deleted = self._cache.delete(found, keys)
+        self._mover.kick_saves()
+        return deleted
+
+    # -- reads ------------------------------------------------------------------------------------------------
+
+    def match(self, session: Session, namespace: bytes, keys: bytes) -> MatchResult:
+        """Longest stored prefix."""
+        found = self._namespace(session, namespace)
+        with self._lock:
+            return self._cache.reads.match(found, keys)
+
+    def exists(self, session: Session, namespace: bytes, keys: bytes) -> bytes:
+        """One byte per key."""
+        found = self._namespace(session, namespace)
+        with self._lock:
+            return self._cache.reads.exists(found, keys)
+
+    def acquire(self, session: Session, groups: Sequence[tuple[bytes, bytes, int]]) -> kvstore_pb2.LeaseReply:
+        """Pin what is stored, start to load its cold part, and say where everything lies."""
+        if not groups:
+            raise InvalidRequest("acquire needs at least one group of keys")
+        asked = [
+            AcquireGroup(self._namespace(session, digest), keys, mode == kvstore_pb2.ACQUIRE_MODE_LAST)
+            for digest, keys, mode in groups
+        ]
+        with self._lock:
+            lease = self._cache.reads.acquire(session.id, session.tenant, asked, self._clock())
+            self._mover.kick_loads()
+            if lease is None or lease.parts[0].first_block:
+                self._note_shortage(asked)
+        self._mover.kick_saves()
+        return _lease_reply(lease) if lease is not None else kvstore_pb2.LeaseReply()
+
+    def wait(self, session: Session, lease_id: int, stop: int, timeout_s: float) -> tuple[int, int]:
+        """Until blocks [0, stop) are readable or one is lost, at most `timeout_s`; returns (ready, lost)."""
+        deadline = self._clock() + timeout_s
+        while True:
+            with self._lock:
+                lease = self._cache.reads.leases.get(session.id, lease_id)
+                state = self._cache.reads.readiness(lease, stop)
+                if state.pending is None or state.lost:
+                    return state.ready, state.lost
+                slot = state.pending
+                event = self._mover.inflight.join(slot)
+            left = deadline - self._clock()
+            if left <= 0 or not event.wait(left):
+                with self._lock:
+                    self._mover.inflight.leave(slot, event)
+                    lease = self._cache.reads.leases.get(session.id, lease_id)
+                    state = self._cache.reads.readiness(lease, stop)
+                    return state.ready, state.lost
+            self.touch(session)
+
+    def prefetch(self, session: Session, namespace: bytes, keys: bytes) -> int:
+        """Start to load the cold part of the longest stored prefix."""
+        found = self._namespace(session, namespace)
+        with self._lock:
+            count = self._cache.reads.prefetch(found, keys)
+            self._mover.kick_loads()
+        return count
+
+    def renew(self, session: Session) -> tuple[int, list[int]]:
+        """Leases held, and slabs that have been retired."""
+        self.touch(session)
+        with self._lock:
+            count = len(self._cache.reads.leases.of_session(session.id))
+        return count, self._sessions.take_retired(session)
+
+    def release(self, session: Session, lease_id: int, upto: int) -> None:
+        """Give blocks [0, upto) back; 0: all. A lease that has ended already is fine."""
+        with self._lock:
+            try:
+                lease = self._cache.reads.leases.get(session.id, lease_id)
+            except LeaseExpired:
+                return
+            self._cache.reads.leases.release(lease, upto)
+
+    def handoff(self, session: Session, lease_id: int) -> bytes:
+        """A token that lets another session of the tenant adopt the lease, once."""
+        token = secrets.token_bytes(_HANDOFF_TOKEN_BYTES)
+        with self._lock:
+            leases = self._cache.reads.leases
+            leases.offer_handoff(leases.get(session.id, lease_id), token)
+        return token
+
+    def adopt(self, session: Session, token: bytes) -> kvstore_pb2.LeaseReply:
+        """Take over a lease that was handed off."""
+        with self._lock:
+            lease = self._cache.reads.leases.adopt(session.id, session.tenant, token, self._clock())
+        return _lease_reply(lease)
+
+    # -- puts -------------------------------------------------------------------------------------------------
+
+    def put(self, session: Session, request: kvstore_pb2.PutRequest, deadline_s: float) -> tuple[bytes, bytes]:
+        """Store blocks from the session's staging segment; one status and one reason per key."""
+        namespace = self._namespace(session, request.namespace)
+        keys = split_keys(request.keys)
+        if self.draining:
+            return _answers(bytes([PutStatus.REJECTED]) * len(keys), bytes([Reject.DRAINING]) * len(keys))
+        if not keys:
+            return b"", b""
+        staging = session.staging
+        source = source_of(request, None if staging is None else staging.array, len(keys), namespace.block_nbytes)
+        plan = self._begin_put(namespace, request.parent, keys, deadline_s)
+        try:
+            copy_in(plan.items, source, self._pool, deadline_s)
+        finally:
+            with self._lock:
+                self._cache.puts.finish(plan)
+        self._mover.kick_saves()
+        return bytes(item.status for item in plan.items), bytes(item.reason for item in plan.items)
+
+    def _begin_put(self, namespace: Namespace, parent: bytes, keys: list[bytes], deadline_s: float) -> PutPlan:
+        """Take slots; where there is none because a slab must first change hands, wait for it once."""
+        with self._lock:
+            plan = self._cache.puts.begin(namespace, parent, keys)
+            if all(item.reason != Reject.NO_ROOM for item in plan.items):
+                return plan
+            self._cache.puts.cancel(plan)
+            self._slabs.starve(namespace)
+            self._slabs.changed.wait(min(_ROOM_WAIT_S, max(0.0, deadline_s - self._clock())))
+            return self._cache.puts.begin(namespace, parent, keys)
+
+    # -- admin ------------------------------------------------------------------------------------------------
+
+    def stats(self) -> admin_pb2.GetStatsResponse:
+        """Everything countable."""
+        with self._lock:
+            message = self._snapshots.stats(self._cache, self._clock())
+        self._snapshots.add_media(message, self._mover.states(), self._pool)
+        message.health = "draining" if self.draining else "serving"
+        message.sessions = len(self._sessions)
+        message.staging_bytes = self._sessions.staging_bytes
+        message.counters["slabs_refused_for_memory"] = self._slabs.short_of_memory
+        return message
+
+    def list_namespaces(self, session: Session) -> list[admin_pb2.NamespaceInfo]:
+        """The tenant's namespaces."""
+        with self._lock:
+            return self._snapshots.namespaces(self._cache, self._catalogue.entries, session.tenant)
+
+    def list_sessions(self, session: Session) -> list[admin_pb2.SessionInfo]:
+        """The tenant's sessions."""
+        mine = [other for other in self._sessions.all() if other.tenant == session.tenant]
+        with self._lock:
+            return [self._snapshots.session(other, self._cache, self._clock()) for other in mine]
+
+    def inspect(self, session: Session, key: bytes, namespace: bytes) -> list[admin_pb2.BlockInfo]:
+        """Blocks of the tenant whose key starts with `key`; at most 64."""
+        with self._lock:
+            found = self._cache.find_prefix(key, session.tenant, namespace, 64)
+            return [self._snapshots.block(block) for block in found]
+
+    def evict(self, tier: int, nbytes: int) -> tuple[int, int]:
+        """Drop the next victims of a tier (kvstore.v1.Tier); returns blocks and bytes."""
+        with self._lock:
+            result = self._cache.evict(_tier(tier), nbytes)
+        self._mover.kick_saves()
+        return result
+
+    def flush(self, timeout_s: float) -> tuple[int, int]:
+        """Save every dirty block to the cold tier, durably; returns (saved, still unsaved)."""
+        with self._lock:
+            before = self._cache.residency.counts[COLD].writes
+        cold = self._mover.tier(COLD)
+        left = self._mover.flush(timeout_s) if cold is not None else len(self._cache.residency.dirty)
+        if cold is not None:
+            cast(DurableTier, cold).flush()
+        return self._cache.residency.counts[COLD].writes - before, left
+
+    def verify(self, tier: int) -> tuple[int, int]:
+        """Check the checksum of every copy in a tier; bad ones are dropped; returns (checked, corrupt)."""
+        return self._checker.verify(_tier(tier))
+
+    # -- internals --------------------------------------------------------------------------------------------
+
+    def _namespace(self, session: Session, digest: bytes) -> Namespace:
+        return self._cache.namespace(digest, session.tenant)
+
+    def _owned(self, slab_id: int, tenant: str) -> bool:
+        try:
+            return self._cache.allocator.slab(slab_id).tenant == tenant
+        except KeyError:
+            return False
+
+    def _note_shortage(self, asked: Sequence[AcquireGroup]) -> None:
+        """An acquire that was cut because its size class has no slab: get it one for the next time."""
+        for group in asked:
+            if not self._cache.allocator.free_slots(group.namespace.tenant, group.namespace.slot_bytes):
+                self._slabs.starve(group.namespace)
+
+    def _set_generation(self, ref: SlotRef, value: int) -> None:
+        self._pool.set_generation(ref.slab_id, ref.slot, value)
+
+    def _slab_retired(self, slab_id: int) -> None:
+        self._sessions.slab_retired(slab_id)
+        self._mover.slab_dropped(slab_id)
+
+    def _tick_loop(self) -> None:
+        while not self._closing.wait(_TICK_S):
+            with self._lock:
+                expired = self._cache.reads.leases.expire(self._clock())
+            if expired:
+                _log.info("%d leases expired", len(expired))
+            self._mover.kick_saves()
+
+
+_TIERS = {1: HOT, 2: WARM, 3: COLD}
+
+
+def _tier(number: int) -> int:
+    """The core's tier for a kvstore.v1.Tier."""
+    if number not in _TIERS:
+        raise InvalidRequest(f"tier {number} does not exist; 1 is hot, 2 warm, 3 cold")
+    return _TIERS[number]
+
+
+def _answers(statuses: bytes, reasons: bytes) -> tuple[bytes, bytes]:
+    return statuses, reasons
+
+
+def _lease_reply(lease: Lease) -> kvstore_pb2.LeaseReply:
+    """Where a lease's blocks lie. Outside the lock: what is read here does not change while the slots are pinned."""
+    first = lease.parts[0]
+    filling = SlotState.FILLING
+    ready = next((i for i, slot in enumerate(first.slots) if slot.state is filling), len(first.slots))
+    groups = [_group(part) for part in lease.parts]
+    return kvstore_pb2.LeaseReply(lease_id=lease.lease_id, groups=groups, tokens=lease.tokens, ready=ready)
+
+
+def _group(part: LeasePart) -> kvstore_pb2.LeaseGroup:
+    slots = part.slots
+    slab_ids = array("I", [slot.slab_id for slot in slots])
+    indices = array("I", [slot.index for slot in slots])
+    generations = array("Q", [slot.generation for slot in slots])
+    if sys.byteorder == "big":
+        for numbers in (slab_ids, indices, generations):
+            numbers.byteswap()
+    return kvstore_pb2.LeaseGroup(
+        first_block=part.first_block,
+        slab_ids=slab_ids.tobytes(),
+        slots=indices.tobytes(),
+        generations=generations.tobytes(),
+        block_nbytes=part.namespace.block_nbytes,
+        namespace=part.namespace.digest,
+        checksums=b"".join([block.checksum for block in part.blocks]),
+    )

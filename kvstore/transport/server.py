@@ -1,0 +1,77 @@
+"""Both transports over one engine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+
+from kvstore.transport.admin import AdminHandlers, AdminHooks
+from kvstore.transport.attach import AttachServer
+from kvstore.transport.config import TransportConfig, TransportHooks
+from kvstore.transport.engine import Engine
+from kvstore.transport.grpc_server import GrpcServer
+from kvstore.transport.handlers import Handlers, by_frame_method
+from kvstore.transport.registry import SessionRegistry
+
+log = logging.getLogger(__name__)
+
+
+class Transport:
+    """The attach socket and the gRPC server. Call sequence: start, (set_draining), stop.
+
+    The caller holds the lock on the state directory before start, keeps the engine alive until stop has
+    returned, and then closes it.
+    """
+
+    def __init__(self, engine: Engine, config: TransportConfig, hooks: TransportHooks) -> None:
+        """Put the transports together; binds nothing.
+
+        Raises:
+            InvalidRequest: the configuration cannot work.
+        """
+        config.validate()
+        self._config = config
+        self._hooks = hooks
+        handlers = Handlers(engine)
+        admin = AdminHandlers(engine, AdminHooks(hooks.is_operator, hooks.set_log_level, self._drained))
+        registry = SessionRegistry()
+        self._grpc = GrpcServer(engine, handlers, admin.methods(), config, registry)
+        self._attach = AttachServer(engine, handlers, by_frame_method(handlers.methods()), config, hooks, registry)
+
+    @property
+    def grpc_target(self) -> str:
+        """The address for clients, `unix:/path`."""
+        return self._config.grpc_target
+
+    def start(self) -> None:
+        """Serve. The attach socket comes last: who can attach can call.
+
+        Raises:
+            PathTaken: a socket's path is in use.
+            InvalidRequest: the socket's group cannot be given.
+            OSError: the directory is missing or not writable.
+        """
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._grpc.stop, 0.0)
+            self._grpc.start()
+            undo.callback(self._attach.close_door)
+            self._attach.start()
+            undo.pop_all()
+        log.info("serving on %s and %s", self._config.grpc_path, self._config.attach_path)
+
+    def set_draining(self) -> None:
+        """Report NOT_SERVING from now on; everything is still answered. Idempotent."""
+        self._grpc.set_serving(False)
+
+    def stop(self, grace_s: float) -> None:
+        """Take nothing new, let what runs finish for up to `grace_s`, end every session. Idempotent."""
+        until_s = time.monotonic() + grace_s
+        self.set_draining()
+        self._attach.close_door()
+        self._grpc.stop(grace_s)
+        self._attach.stop(max(until_s - time.monotonic(), 0.0))
+
+    def _drained(self) -> None:
+        self.set_draining()
+        self._hooks.on_drain()

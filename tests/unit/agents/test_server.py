@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from kvstore.protocol.errors import InternalError, InvalidRequest, NotFound, QuotaExceeded, Unavailable
+from kvstore.protocol.frames import HEADER, MAX_CALLS_IN_FLIGHT, MAX_PAYLOAD_BYTES, AgentMethod
+from kvstore.tiers.base import BlockRef, StoredRecord
+from kvstore.v1 import agent_pb2
+
+PATIENCE_S = 30.0
+SLAB_BYTES = 1 << 16
+
+Served = Any  # the class of the fixtures lives in conftest.py, which is not for import
+
+
+def items(*numbers: int, offset: int = 0, nbytes: int = 10) -> bytes:
+    return agent_pb2.AgentItems(
+        items=[
+            agent_pb2.AgentItem(
+                namespace=b"n" * 32,
+                key=bytes([number]) * 32,
+                range=agent_pb2.SlabRange(slab_id=1, offset=offset, nbytes=nbytes),
+                checksum=b"c" * 16,
+            )
+            for number in numbers
+        ]
+    ).SerializeToString()
+
+
+def test_write_read_delete_stats_flush(served: Served) -> None:
+    assert served.map_slab(1).status == 0
+    served.ask(1, AgentMethod.WRITE, items(1, 2))
+    reply = served.reply()
+    assert (reply.call_id, reply.method, reply.status) == (1, AgentMethod.WRITE, 0)
+    assert [r.stored_bytes for r in agent_pb2.AgentOutcomes.FromString(reply.payload).outcomes] == [10, 10]
+    served.ask(2, AgentMethod.READ, items(1, 2, 3))
+    assert len(agent_pb2.AgentOutcomes.FromString(served.reply().payload).outcomes) == 3
+    served.ask(3, AgentMethod.DELETE, items(2))
+    assert served.reply().status == 0
+    assert served.tier.deleted == [BlockRef(b"n" * 32, b"\2" * 32)]
+    served.ask(4, AgentMethod.STATS)
+    assert dict(agent_pb2.AgentStatsResponse.FromString(served.reply().payload).values) == {"blocks": 3}
+    served.ask(5, AgentMethod.FLUSH)
+    assert served.reply()[:3] == (5, AgentMethod.FLUSH, 0)
+
+
+def test_reads_and_flushes_do_not_wait_behind_writes(served: Served) -> None:
+    served.map_slab(1)
+    go_on = threading.Event()
+    served.tier.before_write = lambda: go_on.wait(PATIENCE_S)
+    try:
+        served.ask(1, AgentMethod.WRITE, items(1))
+        for call_id, method in enumerate((AgentMethod.READ, AgentMethod.FLUSH, AgentMethod.STATS), 2):
+            served.ask(call_id, method, items(1) if method is AgentMethod.READ else b"")
+            assert served.reply().call_id == call_id
+    finally:
+        go_on.set()
+    assert served.reply().call_id == 1
+
+
+def test_writes_and_deletes_keep_their_order(served: Served) -> None:
+    served.map_slab(1)
+    for call_id in range(1, 21):
+        served.ask(call_id, AgentMethod.WRITE if call_id % 2 else AgentMethod.DELETE, items(call_id))
+    assert [served.reply().call_id for _ in range(20)] == list(range(1, 21))
+
+
+def test_a_call_too_many_is_refused_and_the_others_are_not(served: Served) -> None:
+    served.map_slab(1)
+    go_on = threading.Event()
+    served.tier.before_write = lambda: go_on.wait(PATIENCE_S)
+    try:
+        for call_id in range(1, MAX_CALLS_IN_FLIGHT + 2):
+            served.ask(call_id, AgentMethod.WRITE, items(1))
+        refused = served.reply()
+        assert (refused.call_id, refused.status) == (MAX_CALLS_IN_FLIGHT + 1, QuotaExceeded.code)
+    finally:
+        go_on.set()
+    assert [served.reply().status for _ in range(MAX_CALLS_IN_FLIGHT)] == [0] * MAX_CALLS_IN_FLIGHT
+    served.ask(99, AgentMethod.WRITE, items(1))
+    assert served.reply()[:3] == (99, AgentMethod.WRITE, 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "payload", "status"),
+    [
+        (77, b"", InvalidRequest.code),
+        (AgentMethod.CONFIGURE, b"", InvalidRequest.code),
+        (AgentMethod.WRITE, b"\xff\xff", InvalidRequest.code),
+        (AgentMethod.READ, items(1, nbytes=SLAB_BYTES + 1), InvalidRequest.code),
+        (AgentMethod.WRITE, items(1, offset=SLAB_BYTES), InvalidRequest.code),
+        (AgentMethod.SCAN, agent_pb2.AgentScanRequest(after=b"x").SerializeToString(), InvalidRequest.code),
+        (AgentMethod.UNMAP_SLAB, agent_pb2.AgentUnmapSlab(slab_id=9).SerializeToString(), NotFound.code),
+        (AgentMethod.MAP_SLAB, agent_pb2.AgentMapSlab(slab_id=9, segment_bytes=1).SerializeToString(), 3),
+        (AgentMethod.STATS, b"\xff", InvalidRequest.code),
+    ],
+)
+def test_a_bad_frame_is_answered_and_the_next_one_served(
+    served: Served, method: int, payload: bytes, status: int
+) -> None:
+    served.map_slab(1)
+    served.ask(1, method, payload)
+    reply = served.reply()
+    assert (reply.call_id, reply.method, reply.status) == (1, method, status)
+    assert reply.payload.decode()
+    served.ask(2, AgentMethod.READ, items(1))
+    assert served.reply()[:3] == (2, AgentMethod.READ, 0)
+
+
+def test_an_oversize_frame_is_answered_before_the_end(served: Served) -> None:
+    served.frames.sock.sendall(HEADER.pack(MAX_PAYLOAD_BYTES + 1, 5, AgentMethod.READ, 0, 0))
+    reply = served.reply()
+    assert reply.status == InvalidRequest.code
+    assert b"announced a frame" in reply.payload
+    assert served.ended()
+    assert served.tier.closed.is_set()
+
+
+def test_a_slab_is_known_from_map_to_unmap(served: Served) -> None:
+    served.map_slab(1)
+    assert served.map_slab(1).status == InvalidRequest.code
+    assert served.map_slab(2, nbytes=SLAB_BYTES + 1).status == InvalidRequest.code
+    served.ask(1, AgentMethod.UNMAP_SLAB, agent_pb2.AgentUnmapSlab(slab_id=1).SerializeToString())
+    assert served.reply().status == 0
+    served.ask(2, AgentMethod.UNMAP_SLAB, agent_pb2.AgentUnmapSlab(slab_id=1).SerializeToString())
+    assert served.reply().status == NotFound.code
+
+
+@pytest.mark.parametrize("error", [OSError(5, "disk"), KeyError("slab")])
+def test_an_error_of_the_world_is_the_status_of_its_call(served: Served, error: Exception) -> None:
+    served.map_slab(1)
+
+    def fail() -> None:
+        raise error
+
+    served.tier.before_read = fail
+    served.ask(1, AgentMethod.READ, items(1))
+    reply = served.reply()
+    assert reply.status == InternalError.code
+    assert type(error).__name__ in reply.payload.decode()
+
+
+def record(number: int) -> StoredRecord:
+    return StoredRecord(BlockRef(b"n" * 32, struct.pack(">32xQ", number)[-32:]), b"", b"c" * 16, 1, 1, 0)
+
+
+def test_a_scan_comes_in_pages(served: Served) -> None:
+    served.tier.records = [record(number) for number in range(10)]
+    after, seen = b"", []
+    while True:
+        request = agent_pb2.AgentScanRequest(after=after, limit=4)
+        served.ask(1, AgentMethod.SCAN, request.SerializeToString())
+        page = agent_pb2.AgentScanResponse.FromString(served.reply().payload).records
+        assert len(page) <= 4
+        if not page:
+            break
+        seen += [message.key for message in page]
+        after = page[-1].namespace + page[-1].key
+    assert seen == [stored.ref.key for stored in served.tier.records]
+
+
+def test_what_keeps_nothing_cannot_be_scanned_but_flushed(served_hot: Served) -> None:
+    served_hot.ask(1, AgentMethod.SCAN)
+    reply = served_hot.reply()
+    assert reply.status == InvalidRequest.code
+    assert b"nothing to scan" in reply.payload
+    served_hot.ask(2, AgentMethod.FLUSH)
+    assert served_hot.reply().status == 0
+
+
+def test_close_finishes_what_is_queued_and_answers_last(served: Served) -> None:
+    served.map_slab(1)
+    go_on = threading.Event()
+    served.tier.before_write = lambda: go_on.wait(PATIENCE_S)
+    for call_id in (1, 2):
+        served.ask(call_id, AgentMethod.WRITE, items(1))
+    served.ask(3, AgentMethod.CLOSE)
+    assert not served.tier.closed.is_set()
+    go_on.set()
+    assert [served.reply().call_id for _ in range(3)] == [1, 2, 3]
+    assert served.tier.closed.is_set()
+    assert served.ended()
+
+
+def test_the_end_of_the_connection_drops_the_queue_and_closes_the_tier(served: Served) -> None:
+    served.map_slab(1)
+    begun, go_on = threading.Event(), threading.Event()
+    writes: list[int] = []
+
+    def write() -> None:
+        writes.append(1)
+        begun.set()
+        go_on.wait(PATIENCE_S)
+
+    served.tier.before_write = write
+    for call_id in (1, 2, 3):
+        served.ask(call_id, AgentMethod.WRITE, items(1))
+    assert begun.wait(PATIENCE_S)
+    served.frames.close()
+    while not served.drops_its_queue():
+        time.sleep(0.001)
+    go_on.set()
+    assert served.ended()
+    assert served.tier.closed.is_set()
+    assert writes == [1]
+
+
+def test_a_tier_that_failed_for_good_ends_the_agent_after_its_answer(served: Served) -> None:
+    served.map_slab(1)
+    served.tier.failure = "damaged page"
+    served.ask(1, AgentMethod.WRITE, items(1))
+    assert served.reply().status == 0
+    with pytest.raises(Unavailable):
+        served.reply()
+    assert served.ended()
+    assert served.tier.closed.is_set()
