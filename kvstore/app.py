@@ -62,7 +62,6 @@ def run(config: Config) -> None:
         try:
             daemon.start()
         except (KVStoreError, OSError, MemoryError) as error:
-            daemon.close(0.0)
             raise StartError(str(error)) from error
         click.echo(f"kvstored ready: {config.address}")
         stop.wait()
@@ -82,30 +81,22 @@ class Daemon:
         self._transport: Transport | None = None
 
     def start(self) -> None:
-        """Start the agents, recover, then open the door.
+        """Start the agents, recover, then open the door. Where one fails, those before it are ended.
 
         Raises:
             KVStoreError: an agent does not start, or the sockets cannot be had.
             OSError: the machine refuses.
         """
-        for agent in self._agents:
-            agent.start()
-        self._store.start()
-        config = self._config
-        self._transport = Transport(
-            self._store,
-            TransportConfig(
-                socket_path=config.socket,
-                instance_id=self._store.instance_id,
-                server_version=version("kvtier"),
-                socket_mode=config.socket_mode,
-                socket_group=config.socket_group,
-                owns_paths=True,
-                limits=Limits(max_sessions=config.max_sessions),
-            ),
-            TransportHooks(resolve_tenant=tenant_resolver(config), set_log_level=set_log_level),
-        )
-        self._transport.start()
+        with contextlib.ExitStack() as undo:
+            for agent in self._agents:
+                undo.callback(agent.close)
+                agent.start()
+            self._store.start()
+            undo.callback(self._store.close, 0.0)
+            transport = self._make_transport()
+            transport.start()
+            undo.pop_all()
+        self._transport = transport
 
     def close(self, grace_s: float) -> None:
         """Refuse new blocks, let leases end, close the door, save what is worth it: all within `grace_s`."""
@@ -115,13 +106,31 @@ class Daemon:
             self._transport.set_draining()
             self._await_leases(time.monotonic() + grace_s * _LEASE_SHARE)
             self._transport.stop(min(_CALLS_GRACE_S, grace_s))
-        self._store.close(max(0.0, deadline - time.monotonic()))
+        try:
+            self._store.close(max(0.0, deadline - time.monotonic()))
+        except KVStoreError as error:  # a medium is down: what only warm has is lost, the rest is put away all the same
+            _log.error("not everything could be saved: %s", error)
         for agent in self._agents:
             agent.close()
 
     def _await_leases(self, deadline_s: float) -> None:
         while self._store.stats().leases and time.monotonic() < deadline_s:
             time.sleep(_LEASE_POLL_S)
+
+    def _make_transport(self) -> Transport:
+        config = self._config
+        settings = TransportConfig(
+            socket_path=config.socket,
+            instance_id=self._store.instance_id,
+            server_version=version("kvtier"),
+            socket_mode=config.socket_mode,
+            socket_group=config.socket_group,
+            owns_paths=True,
+            lease_ttl_s=config.lease_ttl_s,
+            limits=Limits(max_sessions=config.max_sessions),
+        )
+        hooks = TransportHooks(resolve_tenant=tenant_resolver(config), set_log_level=set_log_level)
+        return Transport(self._store, settings, hooks)
 
     def _make_agents(self) -> list[AgentSupervisor]:
         config, agents = self._config, []
@@ -138,7 +147,11 @@ class Daemon:
             tier=name, capacity_bytes=capacity_bytes, reader_threads=self._config.reader_threads, **settings
         )
         agent = AgentSupervisor(
-            name, agent_config, on_up=lambda: store.tier_up(tier), on_down=lambda: store.tier_down(tier)
+            name,
+            agent_config,
+            on_up=lambda: store.tier_up(tier),
+            on_down=lambda: store.tier_down(tier),
+            call_timeout_s=self._config.agent_timeout_s,
         )
         store.attach_tier(tier, agent)
         return agent
@@ -187,6 +200,7 @@ def _store_config(config: Config) -> StoreConfig:
         cold_bytes=config.cold_bytes,
         hot_bytes=config.hot_bytes,
         tenant_bytes=quotas,
+        lease_ttl_s=config.lease_ttl_s,
         staging_max_bytes=config.staging_max_bytes,
         staging_total_bytes=config.staging_total_bytes,
         version=version("kvtier"),

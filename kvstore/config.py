@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvstore.machine import Machine, disk_used_bytes, free_disk_bytes
-from kvstore.settings import COLD_BYTES_MIN, STAGING_BYTES_MIN, WARM_BYTES_MIN, ConfigError, Settings, Tenant
+from kvstore.settings import COLD_BYTES_MIN, WARM_BYTES_MIN, ConfigError, Settings, Tenant
 from kvstore.sizes import GIB, MIB, format_size
 
 __all__ = ["Config", "ConfigError", "Tenant", "child_environment", "default_addresses", "load", "prepare_state_dir"]
@@ -41,7 +41,10 @@ _SHARE = 4  # a default takes a quarter of what is there: the machine belongs to
 _COLD_DEFAULT_MAX = 64 * GIB
 _HOT_DEFAULT = 2 * GIB
 _STAGING_DEFAULT = 256 * MIB
+_STAGING_DEFAULT_MIN = 16 * MIB  # a few blocks of any usual size, so that a tiny pool refuses blocks by itself
 _STAGING_TOTAL_DEFAULT = 2 * GIB
+_LEASE_TTL_S = 30.0
+_AGENT_TIMEOUT_S = 30.0
 _DRAIN_GRACE_S = 20.0  # below the 30 s that Kubernetes waits before it kills
 
 
@@ -63,6 +66,8 @@ class Config:
     hot_device: str
     log_level: str
     drain_grace_s: float
+    lease_ttl_s: float
+    agent_timeout_s: float
     reader_threads: int
     codec: str
     staging_max_bytes: int
@@ -100,6 +105,8 @@ class Config:
             f"staging at most {format_size(self.staging_max_bytes)} a session, {format_size(self.staging_total_bytes)} "
             f"in all; at most {self.max_sessions} sessions",
             f"codec {self.codec}, {self.reader_threads} reader threads; drains for {self.drain_grace_s:g} s",
+            f"a lease ends {self.lease_ttl_s:g} s after its session's last sign of life; an agent that does not answer "
+            f"for {self.agent_timeout_s:g} s is replaced",
             *(_describe_tenant(tenant) for tenant in self.tenants),
             *self.notes,
         ]
@@ -203,7 +210,7 @@ class _Settling:
         warm_bytes = self._warm_bytes()
         cold_bytes = self._cold_bytes(state_dir)
         hot_device, hot_bytes = self._hot()
-        staging_max_bytes = asked.staging_max_bytes or max(STAGING_BYTES_MIN, min(_STAGING_DEFAULT, warm_bytes // 4))
+        staging_max_bytes = asked.staging_max_bytes or max(_STAGING_DEFAULT_MIN, min(_STAGING_DEFAULT, warm_bytes // 4))
         config = Config(
             state_dir=state_dir,
             socket=asked.socket or _runtime_folders(self._environ)[0] / SOCKET_NAME,
@@ -215,6 +222,8 @@ class _Settling:
             hot_device=hot_device,
             log_level=asked.log_level or "info",
             drain_grace_s=_DRAIN_GRACE_S if asked.drain_grace_s is None else asked.drain_grace_s,
+            lease_ttl_s=asked.lease_ttl_s or _LEASE_TTL_S,
+            agent_timeout_s=asked.agent_timeout_s or _AGENT_TIMEOUT_S,
             reader_threads=asked.reader_threads or min(4, os.cpu_count() or 1),
             codec=asked.codec or "auto",
             staging_max_bytes=staging_max_bytes,

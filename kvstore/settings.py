@@ -21,6 +21,8 @@ CODECS = ("auto", "raw", "planes")
 WARM_BYTES_MIN = MIB  # a pool that cannot hold one block of any real model only looks like a broken one
 COLD_BYTES_MIN = 16 * MIB
 STAGING_BYTES_MIN = MIB
+LEASE_TTL_S_MIN = 1.0  # a worker that waits for a scheduler's time slice must not lose its blocks
+AGENT_TIMEOUT_S_MIN = 1.0  # an SSD that is merely busy answers within that
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _ID_MAX = (1 << 32) - 2  # 2**32 - 1 means "no id" to the kernel
 
@@ -54,6 +56,8 @@ class Settings:
     hot_device: str | None = None
     log_level: str | None = None
     drain_grace_s: float | None = None
+    lease_ttl_s: float | None = None
+    agent_timeout_s: float | None = None
     reader_threads: int | None = None
     codec: str | None = None
     staging_max_bytes: int | None = None
@@ -149,6 +153,16 @@ def _seconds(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 3600:
         raise ValueError(f"{value!r} is not a number of seconds from 0 to 3600")
     return float(value)
+
+
+def _seconds_from(least: float) -> Callable[[object], float]:
+    def parse(value: object) -> float:
+        seconds = _seconds(value)
+        if seconds < least:
+            raise ValueError(f"{seconds:g} s is too short; the least is {least:g} s")
+        return seconds
+
+    return parse
 
 
 def _choice(*choices: str) -> Callable[[object], str]:
@@ -251,6 +265,8 @@ _PARSERS: dict[str, Callable[[object], Any]] = {
     "hot_device": _device,
     "log_level": _choice(*LOG_LEVELS),
     "drain_grace_s": _seconds,
+    "lease_ttl_s": _seconds_from(LEASE_TTL_S_MIN),
+    "agent_timeout_s": _seconds_from(AGENT_TIMEOUT_S_MIN),
     "reader_threads": _whole(1, 64),
     "codec": _choice(*CODECS),
     "staging_max_bytes": _size_from(STAGING_BYTES_MIN),

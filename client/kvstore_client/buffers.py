@@ -169,4 +169,4 @@ def _at_address(address: int, nbytes: int, what: str, owner: object = None) -> N
         raise InvalidRequest(f"{what} has a segment of {nbytes} bytes at address {address}")
     raw = bytes_at(address, nbytes)
     raw.owner = owner  # type: ignore[attr-defined]  # keeps the memory alive as long as the array
-    return np.frombuffer(raw, np.uint8)
+    return np.frombuffer(memoryview(raw), np.uint8)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic
 
 from kvstore.protocol.errors import DeadlineExceeded, KVStoreError, Unauthenticated, Unavailable, from_code
 from kvstore.protocol.frames import MAX_CALLS_IN_FLIGHT, MAX_PAYLOAD_BYTES
@@ -30,29 +30,52 @@ def open_channel(target: str) -> grpc.Channel:
     return grpc.insecure_channel(target, options=_OPTIONS)
 
 
-def metadata_of(token: bytes) -> list[tuple[str, str]]:
+def metadata_of(token: bytes) -> tuple[tuple[str, str], ...]:
     """The metadata that every call needs."""
-    return [(TOKEN_KEY, token.hex())]
+    return ((TOKEN_KEY, token.hex()),)
 
 
 def error_of(error: grpc.RpcError) -> KVStoreError:
     """The error for a failed call."""
-    code, details = error.code(), error.details() or "the call failed"  # type: ignore[attr-defined]
+    code, details = error.code(), error.details() or "the call failed"
     if code is grpc.StatusCode.CANCELLED:  # only close() cancels
         return Unavailable("this client closed the connection")
     return from_code(code.value[0], details)
 
 
-class GrpcCall:
-    """A call in flight."""
+class GrpcCall(Generic[R]):
+    """A `kvstore_client.rpc.Pending` of gRPC."""
 
-    __slots__ = ("future", "late")
+    def __init__(self, future: Any, failure: Callable[[grpc.RpcError], KVStoreError]) -> None:  # noqa: ANN401 - no type
+        self._future = future
+        self._failure = failure
+        self._was_answered = False
 
-    def __init__(self, future: Any) -> None:  # noqa: ANN401 - grpc has no type for it
-        self.future = future
-        # Never called: gRPC drops an answer that comes after the deadline, so a staging range that such a Put
-        # named stays quarantined until the session ends.
-        self.late: Callable[[], None] | None = None
+    @property
+    def was_answered(self) -> bool:
+        """Whether take() has taken an answer; see Pending."""
+        return self._was_answered
+
+    def take(self, deadline_s: float) -> R:
+        """Take the answer; see Pending."""
+        try:
+            reply: R = self._future.result(timeout=max(deadline_s - time.monotonic(), 0))
+        except grpc.FutureTimeoutError as error:
+            raise DeadlineExceeded("the daemon did not answer in time") from error
+        except grpc.FutureCancelledError as error:
+            raise Unavailable("this client closed the connection") from error
+        except grpc.RpcError as error:
+            failure = self._failure(error)
+            self._was_answered = not isinstance(failure, (DeadlineExceeded, Unavailable))
+            raise failure from error
+        self._was_answered = True
+        return reply
+
+    def on_late(self, handler: Callable[[], None]) -> None:
+        """Nothing to do: gRPC drops an answer that comes after the deadline.
+
+        A staging range that such a Put named stays quarantined until the session ends.
+        """
 
 
 class GrpcLink:
@@ -82,25 +105,14 @@ class GrpcLink:
             raise self._failure(error) from error
         return reply
 
-    def start(self, rpc: Rpc[Q, Any], request: Q, deadline_s: float) -> GrpcCall:
+    def start(self, rpc: Rpc[Q, R], request: Q, deadline_s: float) -> GrpcCall[R]:
         """Send a request; see Link."""
         timeout_s = self._time_left(deadline_s)
         try:
-            return GrpcCall(getattr(self._stub, rpc.name).future(request, timeout=timeout_s, metadata=self._metadata))
+            future = getattr(self._stub, rpc.name).future(request, timeout=timeout_s, metadata=self._metadata)
         except ValueError as error:  # the channel was closed
             raise Unavailable(f"this client closed the connection: {error}") from error
-
-    def finish(self, pending: GrpcCall, rpc: Rpc[Any, R], deadline_s: float) -> R:
-        """Take the answer of a started call; see Link."""
-        try:
-            reply: R = pending.future.result(timeout=max(deadline_s - time.monotonic(), 0))
-        except grpc.FutureTimeoutError as error:
-            raise DeadlineExceeded("the daemon did not answer in time") from error
-        except grpc.FutureCancelledError as error:
-            raise Unavailable("this client closed the connection") from error
-        except grpc.RpcError as error:
-            raise self._failure(error) from error
-        return reply
+        return GrpcCall(future, self._failure)
 
     def notify(self, rpc: Rpc[Q, Any], request: Q) -> bool:
         """Send a request and drop its answer; see Link."""
@@ -137,4 +149,3 @@ class GrpcLink:
         if isinstance(failure, (Unavailable, Unauthenticated)):
             self._on_trouble()
         return failure
-

@@ -46,8 +46,7 @@ class Lease:
         self._ended: str | None = None
         messages: Sequence[pb.LeaseGroup | None] = reply.groups if reply.lease_id else [None] * len(namespaces)
         self.groups = tuple(
-            LeaseGroup(self, namespace, message)
-            for namespace, message in zip(namespaces, messages, strict=True)
+            LeaseGroup(self, namespace, message) for namespace, message in zip(namespaces, messages, strict=True)
         )
         self._promised = self.groups[0].blocks
 
@@ -206,7 +205,8 @@ class Lease:
         self.check_alive()
         assert self.session is not None
         try:
-            reply = self.session.link.call(HANDOFF, pb.HandoffRequest(lease_id=self.lease_id), deadline_after(timeout_s))
+            request = pb.HandoffRequest(lease_id=self.lease_id)
+            reply = self.session.link.call(HANDOFF, request, deadline_after(timeout_s))
         except NotFound as error:
             self._expire_unknown(error)
         self.end("the lease was handed off")

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic
 
 from kvstore.protocol.errors import DeadlineExceeded, InvalidRequest, PermissionDenied, Unavailable, from_code
 from kvstore.protocol.frames import HEADER, MAX_CALLS_IN_FLIGHT, MAX_PAYLOAD_BYTES
@@ -30,8 +30,8 @@ interrupt that ends it, 45 of 67 us a round trip; with busy cores the spins are 
 _CALLS_WITHOUT_SPIN = 32
 
 
-class PendingCall:
-    """A call in flight; everything but `late` belongs to its link and is guarded by the link's lock."""
+class _Call:
+    """A call in flight. Everything but `late` is guarded by the link's lock."""
 
     __slots__ = ("answer", "call_id", "fds", "gave_up", "late", "leads", "wake")
 
@@ -45,7 +45,7 @@ class PendingCall:
         self.wake: threading.Lock | None = None  # made, locked, when the caller has to sleep as a follower
 
 
-_DROPPED = PendingCall()  # stands for every call whose answer nobody wants
+_DROPPED = _Call()  # stands for every call whose answer nobody wants
 _TURN = Answer(0, 0, 0, b"")
 
 
@@ -71,6 +71,30 @@ def connect(path: str, timeout_s: float) -> socket.socket:
     return sock
 
 
+class LocalCall(Generic[R]):
+    """A `kvstore_client.rpc.Pending` of the local RPC."""
+
+    __slots__ = ("_call", "_link", "_rpc")
+
+    def __init__(self, link: LocalLink, call: _Call, rpc: Rpc[Any, R]) -> None:
+        self._link = link
+        self._call = call
+        self._rpc = rpc
+
+    @property
+    def was_answered(self) -> bool:
+        """Whether the daemon has answered in time; see Pending."""
+        return self._call.answer is not None and not self._call.gave_up
+
+    def take(self, deadline_s: float) -> R:
+        """Take the answer; see Pending."""
+        return self._rpc.decode(self._link.answer_of(self._call, deadline_s, may_spin=False).payload)
+
+    def on_late(self, handler: Callable[[], None]) -> None:
+        """Call `handler` when the answer comes too late; see Pending."""
+        self._call.late = handler
+
+
 class LocalLink:
     """A `kvstore_client.rpc.Link` over a connected attach socket."""
 
@@ -87,11 +111,11 @@ class LocalLink:
         self._reader = AnswerReader(sock)
         self._writer = FrameWriter(sock)
         self._lock = threading.Lock()  # guards what follows; held for a few dictionary operations at a time
-        self._pending: dict[int, PendingCall] = {}
+        self._pending: dict[int, _Call] = {}
         self._last_id = 0
         self._is_led = False
-        self._followers: deque[PendingCall] = deque()
-        self._turns: deque[PendingCall] = deque()  # callers that wait until fewer calls are in flight
+        self._followers: deque[_Call] = deque()
+        self._turns: deque[_Call] = deque()  # callers that wait until fewer calls are in flight
         self._lost: str | None = None
         self._is_closed = False
         self._calls_without_spin = 0  # the leader's
@@ -100,16 +124,25 @@ class LocalLink:
         """The socket's descriptor, for poll."""
         return self._sock.fileno()
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the connection has ended."""
+        return self._lost is not None
+
     # --- the members of a Link
 
     def call(self, rpc: Rpc[Q, R], request: Q, deadline_s: float) -> R:
         """Send a request and return its answer; see Link."""
-        return self.finish(self.start(rpc, request, deadline_s), rpc, deadline_s)
+        call = self._begin(rpc, request, deadline_s)
+        return rpc.decode(self.answer_of(call, deadline_s, may_spin=not rpc.is_long).payload)
 
-    def start(self, rpc: Rpc[Q, Any], request: Q, deadline_s: float) -> PendingCall:
+    def start(self, rpc: Rpc[Q, R], request: Q, deadline_s: float) -> LocalCall[R]:
         """Send a request; see Link."""
+        return LocalCall(self, self._begin(rpc, request, deadline_s), rpc)
+
+    def _begin(self, rpc: Rpc[Q, Any], request: Q, deadline_s: float) -> _Call:
         payload = _packed(rpc, request)
-        call = PendingCall()
+        call = _Call()
         while not self._register(call):
             self._await_turn(deadline_s)
         self.last_sent_s = now = time.monotonic()
@@ -124,10 +157,6 @@ class LocalLink:
             self._forget(call.call_id)
             raise DeadlineExceeded("the daemon does not take what this client sends")
         return call
-
-    def finish(self, pending: PendingCall, rpc: Rpc[Any, R], deadline_s: float) -> R:
-        """Take the answer of a started call; see Link."""
-        return rpc.decode(self._answer(pending, deadline_s, may_spin=not rpc.is_long).payload)
 
     def notify(self, rpc: Rpc[Q, Any], request: Q) -> bool:
         """Send a request and drop its answer; see Link. Never waits."""
@@ -148,7 +177,7 @@ class LocalLink:
 
     def pump(self) -> None:
         """Take in answers that have arrived; see Link."""
-        nobody = PendingCall()
+        nobody = _Call()
         with self._lock:
             if self._is_led or self._lost is not None:
                 return
@@ -176,9 +205,9 @@ class LocalLink:
         Raises:
             Unavailable: also when descriptors are missing, because this process has too many open files.
         """
-        call = self.start(MAP_SLABS, request, deadline_s)
+        call = self._begin(MAP_SLABS, request, deadline_s)
         try:
-            reply = MAP_SLABS.decode(self._answer(call, deadline_s, may_spin=True).payload)
+            reply = MAP_SLABS.decode(self.answer_of(call, deadline_s, may_spin=True).payload)
             if len(call.fds) != len(reply.slabs):
                 raise Unavailable(f"{len(call.fds)} descriptors came for {len(reply.slabs)} slabs")
         except BaseException:
@@ -193,7 +222,7 @@ class LocalLink:
 
     # --- calls in flight
 
-    def _register(self, call: PendingCall) -> bool:
+    def _register(self, call: _Call) -> bool:
         """Give the call its id; False if too many calls are in flight."""
         with self._lock:
             if self._lost is not None:
@@ -222,7 +251,7 @@ class LocalLink:
 
     def _await_turn(self, deadline_s: float) -> None:
         """Wait until fewer calls are in flight."""
-        turn = PendingCall()
+        turn = _Call()
         with self._lock:
             if len(self._pending) < MAX_CALLS_IN_FLIGHT:
                 return
@@ -235,7 +264,8 @@ class LocalLink:
         if turn.answer is None:
             raise DeadlineExceeded(f"{MAX_CALLS_IN_FLIGHT} calls of this client are waiting for the daemon")
 
-    def _answer(self, call: PendingCall, deadline_s: float, *, may_spin: bool) -> Answer:
+    def answer_of(self, call: _Call, deadline_s: float, *, may_spin: bool) -> Answer:
+        """Take the answer of a call, as call() does."""
         try:
             if call.answer is None:
                 self._await(call, deadline_s, may_spin)
@@ -252,7 +282,7 @@ class LocalLink:
 
     # --- leading and following
 
-    def _await(self, call: PendingCall, deadline_s: float, may_spin: bool) -> None:
+    def _await(self, call: _Call, deadline_s: float, may_spin: bool) -> None:
         """Return when the call has its answer or the deadline has passed."""
         with self._lock:
             if call.answer is not None:
@@ -271,7 +301,7 @@ class LocalLink:
         finally:
             self._step_down(call)
 
-    def _step_down(self, call: PendingCall) -> None:
+    def _step_down(self, call: _Call) -> None:
         """Stop leading or following; a leader names its heir."""
         with self._lock:
             if call.wake is not None:
@@ -292,7 +322,7 @@ class LocalLink:
         if closes:
             self._close()
 
-    def _read_until(self, call: PendingCall, deadline_s: float, may_spin: bool) -> None:
+    def _read_until(self, call: _Call, deadline_s: float, may_spin: bool) -> None:
         """As leader: read and deal out answers until this call has its own, or the deadline."""
         reader = self._reader
         spins = _SPINS if may_spin and self._spins_now() else 0
@@ -357,12 +387,12 @@ class LocalLink:
         self._reader.close()
 
 
-def _settle(call: PendingCall, answer: Answer) -> None:
+def _settle(call: _Call, answer: Answer) -> None:
     call.answer = answer
     _wake(call)
 
 
-def _wake(call: PendingCall) -> None:
+def _wake(call: _Call) -> None:
     if call.wake is not None and call.wake.locked():
         call.wake.release()
 

@@ -46,7 +46,7 @@ def map_segment(fd: int, nbytes: int, *, is_writable: bool) -> NDArray[np.uint8]
     owner = bytes_at(address, nbytes)
     # Not at exit: a daemon thread may still be copying, and the kernel unmaps anyway.
     weakref.finalize(owner, _libc.munmap, address, nbytes).atexit = False
-    array = np.frombuffer(owner, np.uint8)
+    array = np.frombuffer(memoryview(owner), np.uint8)
     array.flags.writeable = is_writable
     return array
 

@@ -6,6 +6,7 @@ done for whole ranges, one numpy operation a slab.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,7 +37,7 @@ class Run(NamedTuple):
     slab: Slab
     slot: int
     first: int
-    count: int
+    blocks: int
 
 
 class Placement:
@@ -138,7 +139,7 @@ class Placement:
         breaks = np.flatnonzero((slots[1:] != slots[:-1] + 1) | (ids[1:] != ids[:-1])) + 1
         edges = [0, *breaks.tolist(), stop - start]
         runs: list[Run] = []
-        for first, last in zip(edges, edges[1:], strict=False):
+        for first, last in itertools.pairwise(edges):
             runs.append(Run(self._slab_of(start + first), int(slots[first]), first, last - first))
         return runs
 

@@ -7,13 +7,13 @@ handles the puts of one session in order, so a chain may be cut anywhere.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from kvstore.protocol.errors import InternalError, KVStoreError
-from kvstore.protocol.keys import KEY_BYTES, Keys
+from kvstore.protocol.keys import Keys
 from kvstore.protocol.slab import align_up
 from kvstore.v1 import kvstore_pb2 as pb
 from kvstore_client._lazy import np, xxhash
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 SUB_BATCH_BYTES = 8 << 20
 FIRST_SUB_BATCH_BYTES = 2 << 20
-"""The first sub-batches are smaller and double: the daemon idles until the first one has been copied."""
+"""Sub-batches start small and double: the daemon idles until the first one has been copied."""
 MAX_SUB_BATCH_KEYS = 16_384
+MAX_IN_FLIGHT = 6
 _STRIDE_ALIGNMENT = 64
-_NEVER_S = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,98 +55,162 @@ class PutTarget:
         return align_up(self.block_nbytes, _STRIDE_ALIGNMENT)
 
 
-class _Flight(NamedTuple):
-    """A sub-batch that was sent."""
+class Flight:
+    """A Put that was sent. Its range is the daemon's until the answer has come."""
 
-    pending: Pending
-    first: int
-    count: int
-    place: Range
-    has_checksums: bool
-
-
-class PutSender:
-    """Sends Put requests for ranges of staging and takes the answers, in order."""
-
-    def __init__(self, session: Session, staging: Staging, target: PutTarget, deadline_s: float) -> None:
-        self._session = session
+    def __init__(self, staging: Staging, pending: Pending[pb.PutResponse], place: Range, count: int) -> None:
+        self.place = place
         self._staging = staging
-        self._target = target
-        self._deadline_s = deadline_s
-        self._flying: deque[_Flight] = deque()
+        self._pending = pending
+        self._count = count
 
     @property
-    def in_flight(self) -> int:
-        """Sub-batches sent and not answered."""
-        return len(self._flying)
+    def was_answered(self) -> bool:
+        """Whether the range is this side's again. If it never is, the late answer will free it."""
+        return self._pending.was_answered
 
-    def send(self, place: Range, keys: Keys, first: int = 0) -> None:
-        """Send a Put for blocks that lie in a range. The range belongs to the daemon from now on."""
-        target, staging = self._target, self._staging
-        checksums = b""
-        if staging.is_suspect(place):
-            checksums = _checksums(staging.rows(place, len(keys), target.stride, target.block_nbytes))
-        request = pb.PutRequest(
-            namespace=target.namespace,
-            parent=keys.parent,
-            keys=keys.data,
-            staging_offset=place.offset,
-            staging_stride=target.stride,
-            checksums=checksums,
-            block_nbytes=target.block_nbytes,
-        )
-        pending = self._session.link.start(PUT, request, self._deadline_s)
-        self._flying.append(_Flight(pending, first, len(keys), place, bool(checksums)))
-
-    def land(self) -> tuple[int, bytes, bytes]:
-        """Take the oldest answer; its range is free then.
-
-        Returns:
-            Index of the sub-batch's first block, statuses, reasons.
+    def take(self, deadline_s: float) -> tuple[bytes, bytes]:
+        """Take the answer: statuses and reasons, one byte a block each.
 
         Raises:
-            KVStoreError: no answer in time (the range stays quarantined until it comes), or an error as answer.
+            KVStoreError: the daemon's error, or no answer in time; was_answered says which.
         """
-        flight = self._flying.popleft()
-        try:
-            reply = self._take(flight, self._deadline_s)
-        except KVStoreError:
-            self._settle(flight)
-            raise
-        if len(reply.statuses) != flight.count or len(reply.reasons) != flight.count:
-            raise InternalError(f"the daemon answered {len(reply.statuses)} outcomes for {flight.count} blocks")
-        return flight.first, reply.statuses, reply.reasons
+        reply = self._pending.take(deadline_s)
+        self._staging.clear_suspicion(self.place)
+        if len(reply.statuses) != self._count or len(reply.reasons) != self._count:
+            raise InternalError(f"the daemon answered {len(reply.statuses)} outcomes for {self._count} blocks")
+        return reply.statuses, reply.reasons
 
-    def abandon(self) -> None:
-        """Give up on every answer that is still out; each range comes free with its answer."""
-        while self._flying:
-            with contextlib.suppress(KVStoreError):
-                self._take(self._flying.popleft(), _NEVER_S)
 
-    def _take(self, flight: _Flight, deadline_s: float) -> pb.PutResponse:
-        staging, place = self._staging, flight.place
-        flight.pending.late = lambda: staging.give(place, is_suspect=True)
-        reply = self._session.link.finish(flight.pending, PUT, deadline_s)
-        if flight.has_checksums:
-            staging.clear_suspicion(place)
-        staging.give(place)
-        return reply
+def start_put(
+    session: Session, staging: Staging, target: PutTarget, place: Range, keys: Keys, deadline_s: float
+) -> Flight:
+    """Send a Put for blocks that lie at the front of a range.
 
-    def _settle(self, flight: _Flight) -> None:
-        """After an error answer."""
+    Raises:
+        KVStoreError: it was not sent; the range is still the caller's.
+    """
+    checksums = b""
+    if staging.is_suspect(place):
+        checksums = _checksums(staging.rows(place, len(keys), target.stride, target.block_nbytes))
+    request = pb.PutRequest(
+        namespace=target.namespace,
+        parent=keys.parent,
+        keys=keys.data,
+        staging_offset=place.offset,
+        staging_stride=target.stride,
+        checksums=checksums,
+        block_nbytes=target.block_nbytes,
+    )
+    pending = session.link.start(PUT, request, deadline_s)
+    pending.on_late(lambda: staging.give(place, is_suspect=True))
+    return Flight(staging, pending, place, len(keys))
 
 
 class PutPipeline:
-    """One put call: copies, sends and collects."""
+    """One put of many blocks: copies them in, sends and collects."""
 
-    def __init__(self, session: Session, target: PutTarget, deadline_s: float) -> None:
+    def __init__(self, session: Session, target: PutTarget, count: int, deadline_s: float) -> None:
+        """Prepare a put of `count` blocks; until a block is answered its outcome is REJECTED(UNAVAILABLE)."""
+        self._session = session
         self._target = target
         self._deadline_s = deadline_s
         self._staging = session.staging(target.block_nbytes, deadline_s)
-        self._sender = PutSender(session, self._staging, target, deadline_s)
-        self._statuses = bytearray()
-        self._reasons = bytearray()
+        self._flights: deque[tuple[int, Flight]] = deque()  # with the index of the first block
+        self._count = count
+        self._statuses = bytearray([PutStatus.REJECTED]) * count
+        self._reasons = bytearray([RejectReason.UNAVAILABLE]) * count
+        self._lacks_parent = False
 
-    def run(self, keys: Keys, blocks: BlockBuffers) -> list[PutOutcome]:
-        """Store the blocks; see Namespace.put."""
-        raise NotImplementedError
+    def run(self, keys: Keys, blocks: BlockBuffers) -> None:
+        """Store the blocks.
+
+        Raises:
+            KVStoreError: outcomes() still says what is known.
+        """
+        try:
+            first = self._send_all(keys, blocks)
+            is_late = time.monotonic() >= self._deadline_s
+            while self._flights:
+                self._land(self._deadline_s)
+        finally:
+            while self._flights:  # after an error: each range comes free with its answer
+                with contextlib.suppress(KVStoreError):
+                    self._land(0.0)
+        self._reject_from(first, is_late)
+
+    def _send_all(self, keys: Keys, blocks: BlockBuffers) -> int:
+        """Copy and send sub-batches; returns the index of the first block for which there was no room."""
+        first, nbytes = 0, FIRST_SUB_BATCH_BYTES
+        while first < self._count and not self._lacks_parent:
+            count, place = self._find_room(self._count - first, nbytes)
+            if place is None:
+                break
+            try:
+                self._copy_in(place, blocks, first, count)
+                part = keys[first : first + count]
+                flight = start_put(self._session, self._staging, self._target, place, part, self._deadline_s)
+            except BaseException:
+                self._staging.give(place)
+                raise
+            self._flights.append((first, flight))
+            first, nbytes = first + count, min(2 * nbytes, SUB_BATCH_BYTES)
+            self._session.link.pump()
+            while self._flights and self._flights[0][1].was_answered:
+                self._land(self._deadline_s)
+        return first
+
+    def outcomes(self) -> list[PutOutcome]:
+        """What became of every block."""
+        return decode(bytes(self._statuses), bytes(self._reasons))
+
+    def _find_room(self, count: int, nbytes: int) -> tuple[int, Range | None]:
+        """Staging for the next blocks: as many as `nbytes` holds, or fewer where room is short."""
+        stride = self._target.stride
+        most = min(nbytes, self._staging.nbytes // 3)
+        count = min(max(1, most // stride), count, MAX_SUB_BATCH_KEYS)
+        while True:
+            if len(self._flights) < MAX_IN_FLIGHT:
+                for fewer in (count, -(-count // 2), 1):
+                    place = self._staging.take(fewer * stride, 0.0)
+                    if place is not None:
+                        return fewer, place
+            if not self._flights:
+                return 1, self._staging.take(stride, self._deadline_s)
+            self._land(self._deadline_s)
+
+    def _copy_in(self, place: Range, blocks: BlockBuffers, first: int, count: int) -> None:
+        rows = self._staging.rows(place, count, self._target.stride, self._target.block_nbytes)
+        if blocks.whole is not None:
+            np.copyto(rows, blocks.whole[first : first + count])
+            return
+        for row, pieces in zip(rows, blocks.pieces[first : first + count], strict=True):
+            at = 0
+            for piece in pieces:
+                np.copyto(row[at : at + len(piece)], piece)
+                at += len(piece)
+
+    def _land(self, deadline_s: float) -> None:
+        """Take the oldest answer."""
+        first, flight = self._flights.popleft()
+        try:
+            statuses, reasons = flight.take(deadline_s)
+        finally:
+            if flight.was_answered:
+                self._staging.give(flight.place)
+        self._statuses[first : first + len(statuses)] = statuses
+        self._reasons[first : first + len(reasons)] = reasons
+        if self._target.is_chain and PutStatus.REJECTED in statuses:
+            self._lacks_parent = True
+
+    def _reject_from(self, first: int, is_late: bool) -> None:
+        """Say why the blocks from `first` on were never sent."""
+        reason = RejectReason.DEADLINE if is_late else RejectReason.STAGING_BUSY
+        if self._lacks_parent:
+            reason = RejectReason.NO_PARENT
+        self._reasons[first:] = bytes([reason]) * (self._count - first)
+
+
+def _checksums(rows: NDArray[np.uint8]) -> bytes:
+    """xxh3-128 of every row, 16 bytes each."""
+    return b"".join([xxhash.xxh3_128(row).digest() for row in rows])

@@ -185,7 +185,7 @@ class LeaseGroup:
             pass
         nbytes = self.namespace.layout.nbytes
         for run in placement.runs(start - first, stop - first):
-            target.take(run.slab.rows[run.slot : run.slot + run.count, :nbytes], start + run.first)
+            target.take(run.slab.rows[run.slot : run.slot + run.blocks, :nbytes], start + run.first)
         with self._fence:
             pass
         good = self._readable_to(start, stop)
@@ -228,7 +228,5 @@ class _Target:
         at = block - self._start
         hasher = xxhash.xxh3_128()
         for piece in (self._whole[at],) if self._whole is not None else self._pieces[at]:
-            hasher.update(piece)
+            hasher.update(piece.data)
         return bytes(hasher.digest())
-
-

@@ -16,6 +16,7 @@ from kvstore.v1 import kvstore_pb2 as pb
 
 Q = TypeVar("Q", bound=Message)
 R = TypeVar("R", bound=Message)
+R_co = TypeVar("R_co", bound=Message, covariant=True)
 
 MAX_WAIT_S = 86_400.0  # what a deadline is cut to, so that it fits every clock and timer on the way
 
@@ -70,17 +71,24 @@ DELETE: Rpc[pb.DeleteRequest, pb.DeleteResponse] = Rpc(Method.DELETE, "Delete", 
 CLEAR: Rpc[pb.ClearRequest, pb.ClearResponse] = Rpc(Method.CLEAR, "Clear", pb.ClearResponse)
 
 
-class Pending(Protocol):
+class Pending(Protocol[R_co]):
     """A call that was sent and whose answer has not been taken yet."""
 
-    late: Callable[[], None] | None
-    """Called when the answer comes after finish() gave up; from the thread that reads it."""
+    @property
+    def was_answered(self) -> bool:
+        """Whether the daemon has answered, and not so late that the late handler is told."""
+
+    def take(self, deadline_s: float) -> R_co:
+        """Take the answer. Raises as Link.call() does; after DeadlineExceeded the late handler stays armed."""
+
+    def on_late(self, handler: Callable[[], None]) -> None:
+        """Call `handler` when the answer comes after take() gave up, from the thread that reads it."""
 
 
 class Link(Protocol):
     """A transport for the calls of one session. Any thread may use it.
 
-    start() then finish(), once each; call() is both. notify() is for calls whose answer nobody needs.
+    start() is for several calls at once; notify() for those whose answer nobody needs.
     """
 
     last_sent_s: float
@@ -100,11 +108,8 @@ class Link(Protocol):
             KVStoreError: what the daemon answered.
         """
 
-    def start(self, rpc: Rpc[Q, Any], request: Q, deadline_s: float) -> Pending:
+    def start(self, rpc: Rpc[Q, R], request: Q, deadline_s: float) -> Pending[R]:
         """Send a request. Raises as call() does."""
-
-    def finish(self, pending: Pending, rpc: Rpc[Any, R], deadline_s: float) -> R:
-        """Take the answer of a started call. Raises as call() does; after DeadlineExceeded `late` stays armed."""
 
     def notify(self, rpc: Rpc[Q, Any], request: Q) -> bool:
         """Send a request and drop its answer; False if too many calls are in flight or the link is lost."""

@@ -107,7 +107,7 @@ class Session:
     @property
     def is_lost(self) -> bool:
         """Whether the session has ended."""
-        return self.lost_reason is not None
+        return self.lost_reason is not None or self.attach.is_lost
 
     def open_namespace(self, spec: NamespaceSpec, digest: bytes, deadline_s: float) -> None:
         """Make a namespace known to the daemon.
@@ -199,8 +199,8 @@ class Session:
         """
         if block_nbytes > self.staging_bytes:
             raise QuotaExceeded(
-                f"a block of {block_nbytes} bytes does not fit into the {self.staging_bytes} bytes of staging that this "
-                "session has; ask for more with Client(staging_bytes=...), or raise the daemon's limit"
+                f"a block of {block_nbytes} bytes does not fit into the {self.staging_bytes} bytes of staging that "
+                "this session has; ask for more with Client(staging_bytes=...), or raise the daemon's limit"
             )
         if self._staging is None:
             if not self._staging_lock.acquire(timeout=max(deadline_s - time.monotonic(), 0)):
@@ -222,7 +222,7 @@ class Session:
         """In a forked child: close the descriptors and forget everything, without a lock and without a word."""
         self.lost_reason = "this client belongs to the parent process; it does not survive fork()"
         self.attach.abandon()
-        if self.link is not self.attach:
+        if isinstance(self.link, GrpcLink):
             self.link.abandon()
         if self._keeper is not None:
             self._keeper.abandon()
@@ -230,7 +230,7 @@ class Session:
 
     def _on_lost(self, reason: str) -> None:
         self.lost_reason = reason
-        if self.link is not self.attach:
+        if isinstance(self.link, GrpcLink):
             self.link.close()
         self._end_all(f"the session ended: {reason}")
         keeper = self._keeper

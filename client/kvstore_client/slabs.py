@@ -40,7 +40,7 @@ class Slab:
         Raises:
             ProtocolMismatch: it is another slab, or cut in another way.
         """
-        slab_id, cut = read_header(memoryview(memory))
+        slab_id, cut = read_header(memory.data)
         said = (info.slab_id, info.slot_bytes, info.slots, info.data_offset)
         if said != (slab_id, cut.slot_bytes, cut.slots, cut.data_offset):
             raise ProtocolMismatch(f"slab {slab_id} is not cut as announced: {cut}, announced {said}")

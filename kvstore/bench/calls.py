@@ -8,16 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from kvstore_client import Client
+from kvstore_client import Client, Keys, Namespace
 
 from kvstore.bench import worker
 from kvstore.bench.figures import Result, latency_figures
 from kvstore.bench.memory import kv_like_blocks
+from kvstore.bench.neighbour import BLOCK_NBYTES, neighbour_name
 from kvstore.bench.scale import Scale
 
-BLOCK_NBYTES = 16 << 10
 _TIMEOUT_S = 30.0
 _NEIGHBOURS = 3
 _HASHED_TOKENS = 131_072
@@ -37,7 +36,7 @@ class Calls:
         self._address = address
         self._scale = scale
 
-    def store(self, client: Client) -> tuple[Any, Any]:
+    def store(self, client: Client) -> tuple[Namespace, Keys]:
         """(namespace, keys) of a prefix that is stored whole."""
         space = worker.namespace(client, BLOCK_NBYTES, "calls")
         keys = space.keys(worker.tokens(self._scale.batch_keys))
@@ -47,25 +46,30 @@ class Calls:
             raise worker.NotSettled(f"{found} of {len(keys)} blocks are stored")
         return space, keys
 
-    def one_key(self, name: str, space: Any, keys: Any) -> Result:  # noqa: ANN401
+    def clear(self, client: Client) -> None:
+        """Leave nothing behind, of the neighbours either."""
+        for name in ("calls", *map(neighbour_name, range(_NEIGHBOURS))):
+            worker.namespace(client, BLOCK_NBYTES, name).clear()
+
+    def one_key(self, name: str, space: Namespace, keys: Keys) -> Result:
         """A match of one key, again and again, by whichever transport the client has."""
         one = keys[:1]
         return Result(name, latency_figures(_timed(lambda: space.match(one, timeout_s=_TIMEOUT_S), self._scale.calls)))
 
-    def many_keys(self, name: str, space: Any, keys: Any) -> Result:  # noqa: ANN401
+    def many_keys(self, name: str, space: Namespace, keys: Keys) -> Result:
         """A match of the whole prefix, all of it present."""
         rounds = min(self._scale.calls, _MATCH_ROUNDS)
         figures = latency_figures(_timed(lambda: space.match(keys, timeout_s=_TIMEOUT_S), rounds))
         return Result(name, {**figures, "keys": len(keys)})
 
-    def hashing(self, name: str, space: Any) -> Result:  # noqa: ANN401
+    def hashing(self, name: str, space: Namespace) -> Result:
         """Keys of a prompt of 131,072 tokens, from a list."""
         prompt = worker.tokens(_HASHED_TOKENS // worker.BLOCK_TOKENS)
         return Result(
             name, {**latency_figures(_timed(lambda: space.keys(prompt), _HASH_ROUNDS), "ms"), "tokens": _HASHED_TOKENS}
         )
 
-    def beside_neighbours(self, name: str, space: Any, keys: Any) -> Result:  # noqa: ANN401
+    def beside_neighbours(self, name: str, space: Namespace, keys: Keys) -> Result:
         """A match of one key while three other processes keep the daemon busy."""
         one, taken_s = keys[:1], []
         with busy_neighbours(self._address, self._scale.batch_keys):

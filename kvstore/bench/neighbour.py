@@ -13,15 +13,20 @@ from kvstore.bench.memory import kv_like_blocks
 
 _TIMEOUT_S = 30.0
 _PUT_BLOCKS = 64
-_BLOCK_NBYTES = 16 << 10
+BLOCK_NBYTES = 16 << 10
+
+
+def neighbour_name(seed: int) -> str:
+    """Name of a neighbour's namespace."""
+    return f"neighbour-{seed}"
 
 
 def keep_busy(address: str, batch_keys: int, seed: int) -> None:
     """Store a prefix, say so on stdout, then match it, acquire it and put others without a pause."""
     with Client(address) as client:
-        space = worker.namespace(client, _BLOCK_NBYTES, f"neighbour-{seed}")
+        space = worker.namespace(client, BLOCK_NBYTES, neighbour_name(seed))
         keys = space.keys(worker.tokens(batch_keys, seed))
-        blocks = kv_like_blocks(min(batch_keys, 1024), _BLOCK_NBYTES)
+        blocks = kv_like_blocks(min(batch_keys, 1024), BLOCK_NBYTES)
         for start in range(0, batch_keys, len(blocks)):
             part = keys[start : start + len(blocks)]
             space.put(part, blocks[: len(part)], timeout_s=_TIMEOUT_S)

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 from kvstore_client import Client
 
@@ -22,6 +22,7 @@ from kvstore.bench.transfers import BIG_BLOCK, SMALL_BLOCK, Transfers
 from kvstore.machine import Machine
 
 _COLD_FACTOR = 4  # cold tier of a spawned daemon, in warm pools
+_SPILL_POOL_MIN = 128 << 20  # blocks on their way to disk cannot make room: a pool must hold many times as many
 _PACKAGES = ("kvtier", "grpcio", "protobuf", "numpy", "lmdb", "zstandard", "xxhash")
 _BATCHES = {"256": 256, "64": 64, "8": 8, "1": 1}
 
@@ -59,7 +60,8 @@ class Bench:
             with self._daemon(self._scale.warm_bytes) as address:
                 self._on_shared_daemon(address)
         if self._any("put_spill"):
-            with self._daemon(2 * self._scale.working_set_bytes) as address, _client(address) as client:
+            pool = max(2 * self._scale.working_set_bytes, _SPILL_POOL_MIN)
+            with self._daemon(pool) as address, _client(address) as client:
                 self._measure("put_spill", self._transfers(client, BIG_BLOCK).put_spill)
         if self._any("idle"):
             with spawned(self._scale.warm_bytes, self._scale.warm_bytes) as daemon:
@@ -109,7 +111,7 @@ class Bench:
             with _client(address, transport="grpc") as remote:
                 same = worker.namespace(remote, space.block_nbytes, "calls")
                 self._measure("call_grpc_us", lambda name: calls.one_key(name, same, keys))
-        worker.clear_and_wait(client, space)
+        calls.clear(client)
 
     def _transfers(self, client: Client, block_nbytes: int) -> Transfers:
         self._progress(
@@ -155,5 +157,5 @@ def environment(scale: Scale) -> dict[str, Any]:
     }
 
 
-def _client(address: str, transport: str = "local") -> Client:
-    return Client(address, transport=transport)
+def _client(address: str, transport: Literal["local", "grpc"] = "local") -> Client:
+    return Client(address, transport=transport, name="bench")

@@ -7,9 +7,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
-from kvstore_client import STORED, Client
+from kvstore_client import STORED, Client, Keys
 
 from kvstore.bench import worker
 from kvstore.bench.figures import Result, Value, transfer_result
@@ -35,6 +34,7 @@ class Transfers:
         self._set = WorkingSet(self._blocks, block_nbytes)
         self._space = worker.namespace(client, block_nbytes, f"block-{block_nbytes}")
         self._keys = self._space.keys(worker.tokens(self._blocks))
+        self._used_before = worker.tier(client, "warm", "used_bytes")
         self.memcpy_s: list[float] = []
 
     @property
@@ -49,7 +49,7 @@ class Transfers:
 
     def clear(self) -> None:
         """Leave nothing behind."""
-        worker.clear_and_wait(self._client, self._space)
+        worker.clear_and_wait(self._client, self._space, self._used_before)
 
     def get(self, name: str, batch: int) -> Result:
         """acquire, read_into, release, `batch` blocks at a time, into memory touched before."""
@@ -88,7 +88,7 @@ class Transfers:
             memcpy_s.append(self._memcpy())
             empty_s.append(_seconds(partial(self._put, self._keys)))
             for keys in self._prefixes(seeds):
-                self._put(keys)
+                self._space.put(keys, self._set.source, timeout_s=_CALL_TIMEOUT_S)  # the last may find no room: full
                 if self._is_full():
                     break
             keys = next(self._prefixes(seeds))
@@ -115,23 +115,22 @@ class Transfers:
         self.memcpy_s.append(taken_s)
         return taken_s
 
-    def _put(self, keys: Any) -> None:  # noqa: ANN401 (the client's Keys)
+    def _put(self, keys: Keys) -> None:
         outcomes = self._space.put(keys, self._set.source, timeout_s=_CALL_TIMEOUT_S)
         wrong = [outcome for outcome in outcomes if outcome != STORED]
         if wrong:
             raise IncompleteTransfer(f"{len(wrong)} of {len(outcomes)} blocks were not stored: {wrong[0]!r}")
 
-    def _prefixes(self, seeds: Iterator[int]) -> Iterator[Any]:
+    def _prefixes(self, seeds: Iterator[int]) -> Iterator[Keys]:
         return (self._space.keys(worker.tokens(self._blocks, seed)) for seed in seeds)
 
     def _is_full(self) -> bool:
-        warm = worker.tier(self._client, "warm")
-        return bool(warm.used_bytes + self.nbytes > warm.capacity_bytes)
+        warm = self._client.stats()["tiers"]["warm"]
+        return bool(warm["used_bytes"] + self.nbytes > warm["capacity_bytes"])
 
     def _spill_counters(self) -> dict[str, int]:
         stats = self._client.stats()
-        cold = worker.tier(self._client, "cold")
-        return {"spilled_blocks": int(cold.writes), "dropped_unsaved": int(stats.dropped_unsaved)}
+        return {"spilled_blocks": stats["tiers"]["cold"]["writes"], "dropped_unsaved": stats["dropped_unsaved"]}
 
 
 def _seconds(call: Callable[[], None]) -> float:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
-from kvstore_client import Client, KVLayout, TensorSpec
+from kvstore_client import Client, KVLayout, Namespace, TensorSpec
 
 BLOCK_TOKENS = 16
 _SETTLE_TIMEOUT_S = 60.0
@@ -20,7 +19,7 @@ class NotSettled(TimeoutError):
     """The daemon did not come to rest in time, so that there is nothing to measure."""
 
 
-def namespace(client: Client, block_nbytes: int, name: str) -> Any:  # noqa: ANN401 (the client's namespace)
+def namespace(client: Client, block_nbytes: int, name: str) -> Namespace:
     """A chain namespace of 16-token blocks of `block_nbytes`."""
     layers = _LAYERS.get(block_nbytes)
     shape = (2, layers, BLOCK_TOKENS, 8, 128) if layers else (2, 1, BLOCK_TOKENS, 1, block_nbytes // 64)
@@ -41,9 +40,9 @@ def tokens(blocks: int, seed: int = 0) -> list[int]:
     return [(first + 31 * index) % 128_000 for index in range(blocks * BLOCK_TOKENS)]
 
 
-def tier(client: Client, name: str) -> Any:  # noqa: ANN401 (a TierStats message)
-    """One tier's counters."""
-    return next(found for found in client.stats().tiers if found.name == name)
+def tier(client: Client, name: str, counter: str) -> int:
+    """One counter of a tier."""
+    return int(client.stats()["tiers"][name][counter])
 
 
 def wait_until(is_done: Callable[[], bool], what: str, timeout_s: float = _SETTLE_TIMEOUT_S) -> None:
@@ -76,11 +75,11 @@ def wait_steady(read: Callable[[], int], what: str, steady_s: float = 0.5) -> in
 
 def wait_populated(client: Client) -> int:
     """Until the warm pool has made and touched all it is going to; returns the bytes."""
-    return wait_steady(lambda: int(tier(client, "warm").populated_bytes), "the warm pool to be populated")
+    return wait_steady(lambda: tier(client, "warm", "populated_bytes"), "the warm pool to be populated")
 
 
-def clear_and_wait(client: Client, space: Any) -> None:  # noqa: ANN401 (the client's namespace)
-    """Drop a namespace's blocks and wait until warm holds none of them and nothing is on its way to cold."""
+def clear_and_wait(client: Client, space: Namespace, used_before: int = 0) -> None:
+    """Drop a namespace's blocks and wait until warm holds no more than before and nothing is on its way to cold."""
     space.clear()
-    wait_until(lambda: tier(client, "warm").used_bytes == 0, "the warm pool to be empty")
-    wait_steady(lambda: int(tier(client, "cold").writes), "the cold tier to come to rest", steady_s=0.2)
+    wait_until(lambda: tier(client, "warm", "used_bytes") <= used_before, "the warm pool to let go of what was cleared")
+    wait_steady(lambda: tier(client, "cold", "writes"), "the cold tier to come to rest", steady_s=0.2)

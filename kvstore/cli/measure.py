@@ -100,7 +100,7 @@ def _show(report: dict[str, Any]) -> None:
 
 
 def _rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    known = {"name", "judged", "must", "goal", "ok", *result["judged"]}
+    known = {"name", "judged", "must", "goal", "ok", "bytes", "seconds", *result["judged"]}
     detail = ", ".join(f"{key} {value:.4g}" for key, value in result.items() if key not in known)
     for target in TARGETS[result["name"]]:
         sign = "≥" if target.at_least else "≤"

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from kvstore.sizes import format_size
 
-_PIPE_WIDTH = 200  # nobody looks at a pipe: cells must not be cut to a guessed screen
+_PIPE_WIDTH = 1000  # nobody looks at a pipe: cells must not be cut to a guessed screen
 _COUNTS = (str.isdigit, lambda cell: cell.endswith(("%", "B", "×")) and cell[:1].isdigit())
 
 
@@ -45,10 +45,12 @@ def plain(value: Any) -> Any:  # noqa: ANN401 (any protobuf value)
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> Table:
     """A table without lines; columns of numbers stand right."""
     cells = [[str(cell) for cell in row] for row in rows]
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    lines = box.SIMPLE_HEAD if sys.stdout.isatty() else None  # a pipe gets bare columns
+    made = Table(title=title, title_justify="left", box=lines, pad_edge=False, padding=(0, 2, 0, 0))
     for index, heading in enumerate(headings):
         numbers = bool(cells) and all(_is_count(row[index]) for row in cells)
-        made.add_column(heading, justify="right" if numbers else "left", no_wrap=True, overflow="fold")
+        last = index == len(headings) - 1  # the one that may be broken where a screen is narrow
+        made.add_column(heading, justify="right" if numbers else "left", no_wrap=not last, overflow="fold")
     for row in cells:
         made.add_row(*row)
     return made

@@ -96,7 +96,9 @@ def _sessions(sessions: Sequence[pb.SessionInfo]) -> Table:
         (item.client_name, item.pid, item.tenant, item.leases, item.pinned_blocks, render.duration(item.idle_ms))
         for item in sorted(sessions, key=lambda item: item.idle_ms)[:_SESSIONS_SHOWN]
     ]
-    shown = f"{len(sessions)} sessions" + (f", the {_SESSIONS_SHOWN} latest" if len(sessions) > _SESSIONS_SHOWN else "")
+    shown = f"sessions: {len(sessions)}" + (
+        f", the {_SESSIONS_SHOWN} latest" if len(sessions) > _SESSIONS_SHOWN else ""
+    )
     return render.table(("name", "pid", "tenant", "leases", "pinned", "idle"), rows, title=shown)
 
 

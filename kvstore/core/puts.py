@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from kvstore.core.block import Namespace
+from kvstore.core.block import Block, Namespace
 from kvstore.core.index import Index
 from kvstore.core.residency import Residency
 from kvstore.core.slots import Slot
@@ -58,6 +58,7 @@ class PutPlan:
     namespace: Namespace
     epoch: int
     items: list[PutItem] = field(default_factory=list)
+    held: Slot | None = None  # of the deepest block that is stored already
 
 
 class Puts:
@@ -81,7 +82,7 @@ class Puts:
             self._reject(plan.items, Reject.NO_PARENT)
             return plan
         wanted = self._new_items(plan)
-        self._touch_known(plan)
+        self._hold_parent(plan)
         slots = self._residency.take(namespace, len(wanted), plan)
         for item, slot in zip(wanted, slots, strict=False):
             item.slot = slot
@@ -95,6 +96,7 @@ class Puts:
             if item.slot is not None:
                 slot, item.slot = item.slot, None
                 self._residency.abandon(slot)
+        self._let_go(plan)
 
     def finish(self, plan: PutPlan) -> None:
         """Publish what was copied (items with a checksum) and give the other slots back."""
@@ -108,6 +110,7 @@ class Puts:
                 self._residency.abandon(slot)
             else:
                 self._publish(plan.namespace, item, slot)
+        self._let_go(plan)
         self._count(plan.items)
 
     def _publish(self, namespace: Namespace, item: PutItem, slot: Slot) -> None:
@@ -141,17 +144,24 @@ class Puts:
                 wanted.append(item)
         return wanted
 
-    def _touch_known(self, plan: PutPlan) -> None:
-        """The parent and what exists already must not be what is dropped for the new blocks."""
-        names = (
-            [plan.items[0].parent, *(item.key for item in plan.items if item.status == PutStatus.EXISTS)]
-            if plan.items
-            else []
-        )
-        for name in names:
-            block = self._index.find(plan.namespace, name) if name else None
-            if block is not None:
-                self._residency.touch(block)
+    def _hold_parent(self, plan: PutPlan) -> None:
+        """Pin what the new blocks will hang on until finish: the room for them must not be made by dropping it."""
+        if not plan.items:
+            return
+        names = [plan.items[0].parent, *(item.key for item in plan.items if item.status == PutStatus.EXISTS)]
+        found = (self._index.find(plan.namespace, name) for name in names if name)
+        for block in [block for block in found if block is not None][-1:]:
+            self._residency.touch(block)
+            if block.slot is not None:
+                block.slot.pins += 1
+                plan.held = block.slot
+
+    def _let_go(self, plan: PutPlan) -> None:
+        if plan.held is not None:
+            held, plan.held = plan.held, None
+            self._residency.slots.unpin(held)
+            if isinstance(held.owner, Block):
+                self._residency.offer(held.owner)
 
     def _refuse(self, plan: PutPlan, first: PutItem, reason: Reject) -> None:
         """`first` cannot be stored, so in a chain nothing after it can."""

@@ -58,10 +58,11 @@ class Residency:
         self.counts = {tier: TierCount() for tier in (HOT, WARM, COLD)}
         self.up = {HOT: False, WARM: True, COLD: False}
         self.deletes: dict[int, list[BelowRef]] = {HOT: [], COLD: []}
-        self.dirty: dict[Block, None] = {}  # in warm and nowhere below, oldest first
-        self.clean_bytes = 0  # in warm and below, so that dropping it loses nothing
+        self.dirty: dict[Block, None] = {}  # in warm and not in cold (hot forgets at every restart), oldest first
+        self.clean_bytes = 0  # in warm and in cold, so that dropping it loses nothing
         self.dropped_unsaved = 0
         self.raw_cold_bytes = 0
+        self.pressed: dict[ClassKey, None] = {}  # classes that dropped blocks of their own for room
         self._warm_orders: dict[ClassKey, LeafLru] = {}
         self._orders = {HOT: LeafLru(HOT, self._clock), COLD: LeafLru(COLD, self._clock)}
         # Asked for a slab when a class has no free slot; the engine makes one at once, or says no.
@@ -116,27 +117,26 @@ class Residency:
             over = budget.missing(namespace.tenant, missing * namespace.slot_bytes)
             room = missing - -(-over // namespace.slot_bytes)
             refs = self.allocator.take(namespace.tenant, namespace.slot_bytes, room) if room > 0 else []
-            if not refs and room > 0 and self.grow(namespace.tenant, namespace.slot_bytes):
-                continue
             found.extend(self.slots.fill(ref, owner) for ref in refs)
             budget.add(namespace.tenant, len(refs) * namespace.slot_bytes)
-            if len(found) == wanted:
-                break
+            if refs or (room > 0 and self.grow(namespace.tenant, namespace.slot_bytes)):
+                continue
             victim = order.victim(self._may_leave_warm)
             if victim is None:
                 break
             self.evict_warm(victim)
+            self.pressed[(namespace.tenant, namespace.slot_bytes)] = None
         return found
 
     def gain_warm(self, block: Block, slot: Slot) -> None:
         """A filled slot becomes the block's warm copy."""
         self.slots.publish(slot, block)
-        below = block.copies
+        saved = block.copies & COLD
         block.slot = slot
         block.copies |= WARM
         self.counts[WARM].blocks += 1
         self.counts[WARM].writes += 1
-        if below:
+        if saved:
             self.clean_bytes += slot_bytes(block)
         else:
             self.dirty[block] = None
@@ -158,7 +158,7 @@ class Residency:
         block.slot = None
         self.slots.retire(slot)
         self.counts[WARM].blocks -= 1
-        if block.copies:
+        if block.copies & COLD:
             self.clean_bytes -= slot_bytes(block)
         self.dirty.pop(block, None)
         self.warm_order(block.namespace).remove(block)
@@ -187,7 +187,7 @@ class Residency:
     def gain_below(self, block: Block, tier: int, stored_bytes: int) -> None:
         """The block has a copy in HOT or COLD that takes `stored_bytes` there."""
         assert not block.copies & tier
-        if block.copies == WARM:
+        if tier == COLD and block.copies & WARM:
             self.dirty.pop(block, None)
             self.clean_bytes += slot_bytes(block)
         block.copies |= tier
@@ -212,7 +212,7 @@ class Residency:
         self.counts[tier].blocks -= 1
         if delete:
             self.deletes[tier].append((block.namespace.digest, block.key))
-        if block.copies == WARM:
+        if tier == COLD and block.copies & WARM:
             self.clean_bytes -= slot_bytes(block)
             self.dirty[block] = None
         self._orders[tier].remove(block)
@@ -271,12 +271,14 @@ class Residency:
 
     # -- slabs ------------------------------------------------------------------------------------------------
 
-    def reclaim_slab(self, tenant: str, slot_size: int) -> int | None:
-        """Empty a slab of another class and start to retire it; returns its id.
+    def reclaim_slab(self, tenant: str, slot_size: int, lender: ClassKey | None = None) -> int | None:
+        """Empty a slab of another class (of `lender`, if given) and start to retire it; returns its id.
 
-        The engine unmaps it and calls `allocator.retired`. None where every other slab is in use.
+        The engine unmaps it and calls `allocator.retired`. None where every such slab is in use.
         """
         for slab in self.allocator.donors(tenant, slot_size):
+            if lender is not None and (slab.tenant, slab.geometry.slot_bytes) != lender:
+                continue
             slots = self.slots.in_slab(slab.slab_id)
             if all(self._may_be_moved(slot) for slot in slots):
                 for slot in slots:
@@ -286,13 +288,21 @@ class Residency:
                 return slab.slab_id
         return None
 
-    def colder_elsewhere(self, namespace: Namespace) -> bool:
-        """Whether another size class holds something older than anything of this one."""
-        mine = self.warm_order(namespace).oldest_stamp()
-        if mine is None:
-            return True
-        stamps = (o.oldest_stamp() for o in self._warm_orders.values() if o is not self.warm_order(namespace))
-        return any(stamp is not None and stamp < mine for stamp in stamps)
+    def lender(self, borrower: ClassKey) -> ClassKey | None:
+        """A class whose next victim has been unused for much longer than the borrower's, or None.
+
+        Without this a class that has a slab of its own would turn it over for ever beside memory that lies idle.
+        """
+        now = next(self._clock)
+        ages = {}
+        for key, order in self._warm_orders.items():
+            victim = order.victim(self._may_leave_warm)
+            if victim is not None:
+                ages[key] = now - victim.touched
+        mine = ages.pop(borrower, 0)
+        oldest = max(ages, key=ages.__getitem__, default=None)
+        # By half as much again: two equally busy classes must not pass one slab to and fro.
+        return oldest if oldest is not None and ages[oldest] > 1.5 * mine else None
 
     def _may_be_moved(self, slot: Slot) -> bool:
         block = slot.owner

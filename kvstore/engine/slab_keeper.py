@@ -6,11 +6,13 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 from kvstore.core.block import Namespace
 from kvstore.core.cache import BlockCache
 from kvstore.core.residency import ClassKey
 from kvstore.core.slabs import Slab
+from kvstore.protocol.slab import SlabGeometry
 from kvstore.tiers.warm import WarmPool
 
 # Left to the rest of the machine whatever --warm-bytes says.
@@ -18,6 +20,13 @@ _RESERVE_BYTES = 128 << 20
 _RETRY_S = 1.0
 
 _log = logging.getLogger(__name__)
+
+
+class Need(NamedTuple):
+    """What a class asks for: so many free slots, from a certain class where that matters."""
+
+    slots: int
+    lender: ClassKey | None = None
 
 
 class SlabKeeper:
@@ -45,7 +54,7 @@ class SlabKeeper:
         self._wake = threading.Event()
         self._closing = False
         self._demand: ClassKey | None = None
-        self._starving: dict[ClassKey, None] = {}
+        self._starving: dict[ClassKey, Need] = {}
         self._unpopulated: deque[int] = deque()
         self.short_of_memory = 0
         cache.residency.grow = self._grow_now
@@ -60,10 +69,25 @@ class SlabKeeper:
         self._demand = (namespace.tenant, namespace.slot_bytes)
         self._wake.set()
 
-    def starve(self, namespace: Namespace) -> None:
-        """A block of this namespace found no slot: take a slab from another class. Under the lock."""
-        self._starving[(namespace.tenant, namespace.slot_bytes)] = None
+    def starve(self, namespace: Namespace, slots: int) -> None:
+        """Blocks of this namespace found too few of `slots` slots: take slabs from other classes. Under the lock."""
+        self._starving[(namespace.tenant, namespace.slot_bytes)] = Need(slots)
         self._wake.set()
+
+    def balance(self) -> None:
+        """Let classes that drop their own blocks borrow from one that has much older ones. Under the lock."""
+        pressed = self._cache.residency.pressed
+        while pressed:
+            key, _ = pressed.popitem()
+            lender = None if key in self._starving else self._cache.residency.lender(key)
+            if lender is not None:
+                self._starving[key] = Need(1, lender)
+                self._wake.set()
+
+    def await_slabs(self, namespace: Namespace, timeout_s: float) -> None:
+        """Wait until the class that starves has been fed, or cannot be. Under the lock, which the wait lets go."""
+        key = (namespace.tenant, namespace.slot_bytes)
+        self.changed.wait_for(lambda: key not in self._starving or self._closing, timeout_s)
 
     def close(self) -> None:
         """Stop, and give all memory back."""
@@ -117,24 +141,31 @@ class SlabKeeper:
         return self._demand is not None and self._make(self._demand)
 
     def _feed(self, key: ClassKey) -> bool:
+        """One step towards slabs for a class that has too few free slots."""
+        allocator = self._cache.allocator
         with self._lock:
-            if self._cache.allocator.free_slots(*key):
-                self._starving.pop(key, None)
-                return True
-            reclaimed = None if self._can_plan(key) else self._cache.residency.reclaim_slab(*key)
+            need = self._starving[key]
+            done = allocator.free_slots(*key) >= need.slots
+            reclaimed = None if done or self._can_plan(key) else self._cache.residency.reclaim_slab(*key, need.lender)
         if reclaimed is not None:
             self._drop(reclaimed)
-        made = self._make(key)
+        made = not done and self._make(key)
         with self._lock:
-            self._starving.pop(key, None)
+            # A large slot can need several small slabs: ask on until there are enough, or nobody has any to give.
+            if done or not (made or reclaimed is not None) or allocator.free_slots(*key) >= need.slots:
+                self._starving.pop(key, None)
             self.changed.notify_all()
-        return made
+        return made or reclaimed is not None
 
     def _can_plan(self, key: ClassKey) -> bool:
-        slab = self._cache.allocator.plan(*key)
-        if slab is not None:
-            self._cache.allocator.failed(slab.slab_id)
-        return slab is not None
+        """Whether there is room for a slab of half its size at least: a splinter would only be asked for again."""
+        allocator = self._cache.allocator
+        slab = allocator.plan(*key)
+        if slab is None:
+            return False
+        allocator.failed(slab.slab_id)
+        whole = SlabGeometry.for_class(key[1], allocator.target_bytes)
+        return 2 * slab.geometry.slots >= whole.slots
 
     def _make(self, key: ClassKey) -> bool:
         with self._lock:

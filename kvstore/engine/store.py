@@ -19,7 +19,7 @@ from typing import cast
 
 from kvstore.core.block import COLD, HOT, WARM, Namespace
 from kvstore.core.cache import BlockCache, CacheConfig
-from kvstore.core.index import split_keys
+from kvstore.core.index import KEY_BYTES, split_keys
 from kvstore.core.leases import Lease, LeasePart
 from kvstore.core.puts import PutPlan, PutStatus, Reject
 from kvstore.core.reads import AcquireGroup, MatchResult
@@ -321,7 +321,7 @@ class Store:
         namespace = self._namespace(session, request.namespace)
         keys = split_keys(request.keys)
         if self.draining:
-            return _answers(bytes([PutStatus.REJECTED]) * len(keys), bytes([Reject.DRAINING]) * len(keys))
+            return bytes([PutStatus.REJECTED]) * len(keys), bytes([Reject.DRAINING]) * len(keys)
         if not keys:
             return b"", b""
         staging = session.staging
@@ -336,14 +336,15 @@ class Store:
         return bytes(item.status for item in plan.items), bytes(item.reason for item in plan.items)
 
     def _begin_put(self, namespace: Namespace, parent: bytes, keys: list[bytes], deadline_s: float) -> PutPlan:
-        """Take slots; where there is none because a slab must first change hands, wait for it once."""
+        """Take slots; where there are too few because a slab must first change hands, wait for that a moment."""
         with self._lock:
             plan = self._cache.puts.begin(namespace, parent, keys)
+            self._slabs.balance()
             if all(item.reason != Reject.NO_ROOM for item in plan.items):
                 return plan
             self._cache.puts.cancel(plan)
-            self._slabs.starve(namespace)
-            self._slabs.changed.wait(min(_ROOM_WAIT_S, max(0.0, deadline_s - self._clock())))
+            self._slabs.starve(namespace, len(keys))
+            self._slabs.await_slabs(namespace, min(_ROOM_WAIT_S, max(0.0, deadline_s - self._clock())))
             return self._cache.puts.begin(namespace, parent, keys)
 
     # -- admin ------------------------------------------------------------------------------------------------
@@ -412,7 +413,7 @@ class Store:
         """An acquire that was cut because its size class has no slab: get it one for the next time."""
         for group in asked:
             if not self._cache.allocator.free_slots(group.namespace.tenant, group.namespace.slot_bytes):
-                self._slabs.starve(group.namespace)
+                self._slabs.starve(group.namespace, len(group.keys) // KEY_BYTES)
 
     def _set_generation(self, ref: SlotRef, value: int) -> None:
         self._pool.set_generation(ref.slab_id, ref.slot, value)
@@ -438,10 +439,6 @@ def _tier(number: int) -> int:
     if number not in _TIERS:
         raise InvalidRequest(f"tier {number} does not exist; 1 is hot, 2 warm, 3 cold")
     return _TIERS[number]
-
-
-def _answers(statuses: bytes, reasons: bytes) -> tuple[bytes, bytes]:
-    return statuses, reasons
 
 
 def _lease_reply(lease: Lease) -> kvstore_pb2.LeaseReply:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
@@ -20,8 +21,11 @@ from kvstore.v1 import agent_pb2
 
 BACKOFF_MIN_S = 0.1
 BACKOFF_MAX_S = 10.0
+MOURNING_S = 5.0  # for on_down(), should it block after all
 HEALTHY_S = 30.0  # an agent that served this long ends a series of failures
 UNCONFIRMED_DELETES_MAX = 65_536  # 4 MiB of names
+
+_EXIT_S = 1.0  # from the end of its connection to that of its process, where it goes by itself
 
 _log = logging.getLogger(__name__)
 
@@ -30,13 +34,24 @@ def _nothing() -> None:
     pass
 
 
+class _Life(NamedTuple):
+    """An agent that serves or served; `mourned` is set once on_down() has been called for it."""
+
+    process: AgentProcess
+    tier: AgentTier
+    mourned: threading.Event
+
+
 class AgentSupervisor(Tier, Scannable):
     """A Tier (and Scannable) whose agent may die at any moment.
 
     Call sequence: start(), then any Tier call and map_slab/unmap_slab from any thread, then close(). While the agent is
     down a write answers BUSY, a read MISSING, and stats() is empty. A fresh agent gets every live slab and every
-    delete that the last one did not confirm before it is used. `on_up` and `on_down` are called on the supervisor's
-    thread, alternately, beginning with `on_up`; they must neither block nor raise.
+    delete that the last one did not confirm before it is used.
+
+    `on_up` and `on_down` are called on the supervisor's thread, alternately, beginning with `on_up`; they must neither
+    block nor raise, nor call back. A read that is MISSING because its agent has gone returns only after
+    `on_down`, so that whoever asked can tell it from a block that is not there.
     """
 
     def __init__(
@@ -59,7 +74,7 @@ class AgentSupervisor(Tier, Scannable):
         self._device = ""
         self._restarts = 0
         self._process: AgentProcess | None = None
-        self._tier: AgentTier | None = None
+        self._life: _Life | None = None
         self._table = threading.Lock()  # guards the two below, and orders their changes with the changes of agents
         self._slabs: dict[int, tuple[int, int]] = {}  # slab id: our descriptor, segment bytes
         self._unconfirmed: dict[BlockRef, None] = {}  # deletes, oldest first
@@ -98,14 +113,16 @@ class AgentSupervisor(Tier, Scannable):
         """
         self._keeper.start()
         self._started.wait()  # bounded: by the machine's time to start a process, and start_timeout_s
-        if self._tier is None and self._closing.is_set():
+        if self._life is None and self._closing.is_set():
             self._keeper.join()
             raise Unavailable(f"the {self.name} agent did not start: {self._state.removeprefix('down: ')}")
 
     def write(self, items: Sequence[TierItem]) -> list[WriteResult]:
         """Store blocks; BUSY for each whose fate is not known to be better."""
-        tier = self._tier
-        results = [WriteResult(Outcome.BUSY)] * len(items) if tier is None else tier.write(items)
+        life = self._life
+        if life is None:
+            return [WriteResult(Outcome.BUSY)] * len(items)
+        results = life.tier.write(items)
         if self._unconfirmed:  # what was stored again is not to be deleted any more
             with self._table:
                 for item, result in zip(items, results, strict=True):
@@ -115,20 +132,25 @@ class AgentSupervisor(Tier, Scannable):
 
     def read(self, items: Sequence[TierItem]) -> list[Outcome]:
         """Fill slots with blocks; MISSING for each that did not come. Nothing touches a slot after the return."""
-        tier = self._tier
-        return [Outcome.MISSING] * len(items) if tier is None else tier.read(items)
+        life = self._life
+        if life is None:
+            return [Outcome.MISSING] * len(items)
+        outcomes = life.tier.read(items)
+        if life.process.reaped.is_set():
+            life.mourned.wait(MOURNING_S)
+        return outcomes
 
     def delete(self, refs: Sequence[BlockRef]) -> None:
         """Forget blocks: now, or before the next agent serves."""
-        tier = self._tier
-        if tier is not None:
+        life = self._life
+        if life is not None:
             try:
-                tier.delete(refs)
+                life.tier.delete(refs)
                 return
             except KVStoreError as error:
                 _log.warning("%s: %d deletes are left to the next agent: %s", self.name, len(refs), error)
         with self._table:
-            late = self._tier not in (None, tier)  # the next agent serves already
+            late = self._life not in (None, life)  # the next agent serves already
             if not late:
                 self._remember(refs)
         if late:
@@ -136,8 +158,8 @@ class AgentSupervisor(Tier, Scannable):
 
     def stats(self) -> Mapping[str, int]:
         """Counters of the medium; none while it is down."""
-        tier = self._tier
-        return {} if tier is None else tier.stats()
+        life = self._life
+        return {} if life is None else life.tier.stats()
 
     def scan(self) -> Iterator[StoredRecord]:
         """Every record of a durable tier, ordered by namespace and key.
@@ -166,12 +188,14 @@ class AgentSupervisor(Tier, Scannable):
         with self._table:
             if slab_id in self._slabs:
                 raise InvalidRequest(f"{self.name}: slab {slab_id} is mapped already")
+            if self._closing.is_set():
+                return
             own = os.dup(fd)
             self._slabs[slab_id] = (own, segment_bytes)
-            if self._tier is None:
+            if self._life is None:
                 return
             try:
-                self._tier.map_slab(slab_id, own, segment_bytes)
+                self._life.tier.map_slab(slab_id, own, segment_bytes)
             except Unavailable as error:
                 _log.warning("%s: slab %d is left to the next agent: %s", self.name, slab_id, error)
             except KVStoreError:
@@ -186,8 +210,8 @@ class AgentSupervisor(Tier, Scannable):
                 return
             os.close(own)
             try:
-                if self._tier is not None:
-                    self._tier.unmap_slab(slab_id)
+                if self._life is not None:
+                    self._life.tier.unmap_slab(slab_id)
             except KVStoreError as error:  # gone with its agent, then
                 _log.warning("%s: slab %d: %s", self.name, slab_id, error)
 
@@ -202,12 +226,12 @@ class AgentSupervisor(Tier, Scannable):
         with self._spawning:
             self._closing.set()
             process = self._process
-        tier = self._tier
+        life = self._life
         if process is not None:
-            if tier is not None:
+            if life is not None:
                 guard = threading.Timer(timeout_s, process.kill)
                 guard.start()
-                tier.close(timeout_s)
+                life.tier.close(timeout_s)
                 process.reaped.wait()
                 guard.cancel()
             process.end()
@@ -219,10 +243,10 @@ class AgentSupervisor(Tier, Scannable):
         self._state = "down: closed"
 
     def _serving(self) -> AgentTier:
-        tier = self._tier
-        if tier is None:
+        life = self._life
+        if life is None:
             raise Unavailable(f"the {self.name} agent is {self._state}")
-        return tier
+        return life.tier
 
     def _remember(self, refs: Sequence[BlockRef]) -> None:
         self._unconfirmed.update(dict.fromkeys(refs))
@@ -261,7 +285,7 @@ class AgentSupervisor(Tier, Scannable):
             self._state = f"down: {error}"
             return 0.0
         try:
-            tier = self._introduce(process)
+            life = self._introduce(process)
         except KVStoreError as error:
             process.end()
             process.frames.close()
@@ -271,14 +295,15 @@ class AgentSupervisor(Tier, Scannable):
         self._started.set()
         self._on_up()
         process.reaped.wait()
-        with self._table:
-            self._tier = None
-            self._state = f"down: {process.ending}"
-        tier.disconnect()
+        self._state = f"down: {process.ending}"
         self._on_down()
+        life.mourned.set()
+        with self._table:
+            self._life = None
+        life.tier.disconnect()
         return time.monotonic() - began_s
 
-    def _introduce(self, process: AgentProcess) -> AgentTier:
+    def _introduce(self, process: AgentProcess) -> _Life:
         """Configure a fresh agent, give it what the last one had, and let it serve."""
         ready = self._configure(process)
         tier = AgentTier(self.name, self.capacity_bytes, process.frames, ready, process.end, self._call_timeout_s)
@@ -293,9 +318,9 @@ class AgentSupervisor(Tier, Scannable):
             tier.delete(list(self._unconfirmed))
             self._unconfirmed.clear()
             self._device = ready.device
-            self._tier = tier
+            self._life = life = _Life(process, tier, threading.Event())
             self._state = "ok"
-        return tier
+        return life
 
     def _configure(self, process: AgentProcess) -> agent_pb2.AgentReady:
         try:
@@ -307,6 +332,7 @@ class AgentSupervisor(Tier, Scannable):
         except DecodeError as error:
             raise Unavailable(f"it does not speak the agents' protocol: {error}") from error
         except Unavailable as error:
+            process.reaped.wait(_EXIT_S)
             process.end()
             raise Unavailable(f"{process.ending} before it was ready") from error
         if frame.status or ready.error:

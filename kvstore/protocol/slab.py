@@ -32,8 +32,11 @@ def slot_bytes_for(block_nbytes: int) -> int:
 
 
 def slab_target_bytes(warm_bytes: int) -> int:
-    """Nominal slab size for a warm pool of `warm_bytes`."""
-    return max(TARGET_SLAB_BYTES, warm_bytes // 1024)
+    """Nominal slab size for a warm pool of `warm_bytes`.
+
+    At most an eighth of the pool, so that a small one can serve several tenants and size classes too.
+    """
+    return max(min(TARGET_SLAB_BYTES, warm_bytes // 8), warm_bytes // 1024)
 
 
 @dataclass(frozen=True, slots=True)

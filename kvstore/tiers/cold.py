@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from kvstore.tiers.base import BlockRef, Outcome, Scannable, SlabMemory, StoredRecord, Tier, TierItem, WriteResult
 from kvstore.tiers.checksums import block_checksum
-from kvstore.tiers.cold_env import DAMAGE, ColdEnvironment, open_environment
+from kvstore.tiers.cold_env import ColdEnvironment, open_environment
 from kvstore.tiers.cold_records import entry_key, footprint_bytes, pack_record, unpack_record
 from kvstore.tiers.cold_writer import ColdWriter, Drop, Job, Put
 from kvstore.tiers.gate import Gate
@@ -123,7 +123,6 @@ class LmdbTier(Tier, Scannable):
         self._gate = Gate()
         self._close_lock = threading.Lock()
         self._closed = False
-        self._read_failure = ""
         map_bytes = options.map_bytes or capacity_bytes
         self._cold: ColdEnvironment = open_environment(path, map_bytes, options.max_readers, options.boot_id)
         self._budget_bytes = capacity_bytes - max(_MIN_RESERVE_BYTES, capacity_bytes // _RESERVE_SHARE)
@@ -137,7 +136,7 @@ class LmdbTier(Tier, Scannable):
     @property
     def failure(self) -> str:
         """Why this tier can do no more; empty while it can."""
-        return self._read_failure or self._writer.failure
+        return self._writer.failure
 
     def write(self, items: Sequence[TierItem]) -> list[WriteResult]:
         """Store blocks; each one that is OK survives the death of this process at any time.
@@ -326,10 +325,7 @@ class LmdbTier(Tier, Scannable):
     def _read_failed(self, error: lmdb.Error) -> Outcome:
         if isinstance(error, lmdb.ReadersFullError):
             return Outcome.BUSY
-        self._tally.add("read_failures")
-        if isinstance(error, DAMAGE):
-            self._read_failure = str(error)
-            self._cold.condemn(str(error))
+        self._writer.note(error, "read_failures")
         return Outcome.MISSING
 
     def _drop(self, drops: Sequence[Drop]) -> None:

@@ -71,8 +71,8 @@ class ColdEnvironment:
         """
         data = self.path / _DATA
         used_bytes = self.used_bytes()
-        if data.stat().st_size < used_bytes:
-            with contextlib.suppress(OSError):  # no room, no harm
+        with contextlib.suppress(OSError):  # no room, no harm
+            if data.stat().st_size < used_bytes:
                 os.truncate(data, used_bytes)
 
     def condemn(self, reason: str) -> None:
@@ -173,9 +173,10 @@ def _open(path: Path, map_bytes: int, max_readers: int) -> tuple[lmdb.Environmen
             max_spare_txns=_SPARE_TRANSACTIONS,
             max_dbs=3,
         )
-    except DAMAGE as error:
-        raise DamagedEnvironmentError(str(error)) from error
     except lmdb.Error as error:
+        # py-lmdb has no class for the formats of other LMDB generations ("LMDB data format v99 is not supported").
+        if isinstance(error, DAMAGE) or "LMDB data format" in str(error):
+            raise DamagedEnvironmentError(str(error)) from error
         raise OSError(f"cannot open {path}: {error}") from error
     try:
         return _check(path, env)

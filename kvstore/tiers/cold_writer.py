@@ -71,8 +71,8 @@ class Job:
 class ColdWriter:
     """Owns the writer thread. Any thread may submit.
 
-    `failure` is empty until the environment can take no more writes at all (damage, or a failed write of a meta
-    page); it then says why, and everything answers BUSY.
+    `failure` is empty until the environment can no longer be used (damage, or a failed write of a meta page); it
+    then says why, and everything answers BUSY.
     """
 
     def __init__(self, cold: ColdEnvironment, budget_bytes: int, queue_jobs: int, tally: Tally) -> None:
@@ -82,6 +82,7 @@ class ColdWriter:
         self._tally = tally
         self._queue: queue.Queue[Job | None] = queue.Queue(queue_jobs)
         self._closed = False
+        self._commits_since_tick = 0
         self.failure = ""
         self.totals = cold.totals()
         self._thread = threading.Thread(target=self._run, name="cold-writer", daemon=True)
@@ -98,6 +99,15 @@ class ColdWriter:
         except queue.Full:
             job.finish()
         return job
+
+    def note(self, error: lmdb.Error, counter: str) -> None:
+        """Count an error that somebody met, and stop for good where it means damage. Any thread."""
+        self._tally.add(counter)
+        _log.warning("cold tier: %s: %s", counter, error)
+        if isinstance(error, DAMAGE):
+            self._cold.condemn(str(error))
+        if isinstance(error, (*DAMAGE, lmdb.PanicError)):
+            self.failure = str(error)
 
     def close(self, timeout_s: float) -> bool:
         """Carry out what is queued and end the thread; whether it ended in time."""
@@ -129,13 +139,37 @@ class ColdWriter:
             return []
         try:
             return self._commit(commands)
+        except lmdb.MapFullError:
+            self._tally.add("map_full")
+            if self._tick():
+                return self._serve(commands)
         except lmdb.Error as error:
-            self._note(error)
-            if self.failure:
-                return [Outcome.BUSY] * len(commands)
-            if len(commands) == 1:
-                return [Outcome.FULL]
+            self.note(error, "write_failures")
+        if self.failure:
+            return [Outcome.BUSY] * len(commands)
+        if len(commands) == 1:
+            return [Outcome.FULL]
         return [outcome for command in commands for outcome in self._serve([command])]
+
+    def _tick(self) -> bool:
+        """Commit twice without effect, if anything was committed since the last time; whether that was done.
+
+        Pages that a transaction freed can be used two transactions later. A transaction that fails is aborted and
+        does not count: without these two, the first put after a delete would find the map full for ever.
+        """
+        if not self._commits_since_tick:
+            return False
+        self._commits_since_tick = 0
+        try:
+            for turn in (b"0", b"1"):
+                with self._cold.env.begin(write=True) as txn:
+                    txn.put(b"tick", turn, db=self._cold.meta)
+        except lmdb.MapFullError:
+            return False
+        except lmdb.Error as error:
+            self.note(error, "write_failures")
+            return False
+        return True
 
     def _commit(self, commands: Sequence[Command]) -> list[Outcome]:
         """All commands in one transaction, which an exception aborts."""
@@ -151,6 +185,7 @@ class ColdWriter:
             if totals != self.totals:
                 txn.put(b"totals", totals.pack(), db=self._cold.meta)
         self.totals = totals
+        self._commits_since_tick += 1
         self._cold.cover()
         return outcomes
 
@@ -181,14 +216,3 @@ class ColdWriter:
         except ValueError:  # its raw size is lost, its stored size is not
             return totals.minus(0, footprint_bytes(len(txn.get(entry, b"", db=self._cold.blocks))))
         return totals.minus(old.nbytes, old.stored_bytes)
-
-    def _note(self, error: lmdb.Error) -> None:
-        if isinstance(error, lmdb.MapFullError):
-            self._tally.add("map_full")
-            return
-        self._tally.add("write_failures")
-        _log.warning("cold tier: write failed: %s", error)
-        if isinstance(error, DAMAGE):
-            self._cold.condemn(str(error))
-        if isinstance(error, (*DAMAGE, lmdb.PanicError)):
-            self.failure = str(error)

@@ -57,6 +57,7 @@ class TransportConfig:
             may be removed (never a socket that somebody still listens on).
         instance_id: differs after every start.
         server_version: told to every client.
+        lease_ttl_s: after which a silent session's leases end; told to every client with how often to renew.
     """
 
     socket_path: Path
@@ -65,6 +66,7 @@ class TransportConfig:
     socket_mode: int = 0o600
     socket_group: str | int | None = None
     owns_paths: bool = False
+    lease_ttl_s: float = 30.0
     limits: Limits = field(default_factory=Limits)
 
     @property

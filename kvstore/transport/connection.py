@@ -26,25 +26,13 @@ from kvstore.transport.framing import FrameReader, OversizeFrame, ReplyWriter, R
 from kvstore.transport.handlers import Handlers
 from kvstore.transport.lanes import Job, Lane, WaitPool
 from kvstore.transport.methods import Kind, MethodSpec, answer, defects_logged, internal_error, parse
+from kvstore.transport.polling import Activity, Poller
 from kvstore.v1 import kvstore_pb2 as pb
 
 log = logging.getLogger(__name__)
 
 _MESSAGE_CHARS_MAX = 1000  # of an error: a status is no place for a novel
 _HOT_GAP_S = 200e-6  # a peer that asked again this soon is likely to do so once more
-
-
-@dataclass(frozen=True, slots=True)
-class Activity:
-    """What readers look at before they poll.
-
-    Attributes:
-        spinner: held by the one reader that polls: two would only take the interpreter from each other.
-        putting: connections of which a put is running; it needs the interpreter more.
-    """
-
-    spinner: threading.Lock = field(default_factory=threading.Lock)
-    putting: set[Connection] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,21 +164,17 @@ class Connection:
 
     def _serve(self) -> None:
         session = cast("SessionView", self.session)
-        activity, reader = self._services.activity, self._reader
+        reader, poller = self._reader, Poller(self._reader, self._services.activity)
         may_poll = self._services.limits.spin_s > 0
         replied_s, hot = 0.0, False
         while not self._ended:
-            if hot and not activity.putting and activity.spinner.acquire(blocking=False):
-                try:
-                    reader.poll()
-                finally:
-                    activity.spinner.release()
+            if hot and not self._pending:
+                poller.poll()
             request = reader.receive()
             received_s = time.monotonic()
             hot = may_poll and received_s - replied_s < _HOT_GAP_S
             self._on_request(request, session, received_s)
             replied_s = time.monotonic()
-            hot = hot and not self._pending
 
     def _on_request(self, request: Request, session: SessionView, received_s: float) -> None:
         call_id, method, status, deadline_ms, payload = request

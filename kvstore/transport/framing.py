@@ -57,8 +57,8 @@ class FrameReader:
         self._spin_s = spin_s
         self._rest = b""  # received beyond the last frame
 
-    def poll(self) -> None:
-        """Poll for bytes of a next frame for up to `spin_s`; `receive` then finds them.
+    def poll(self) -> bool:
+        """Poll for bytes of a next frame for up to `spin_s`; says whether there are any. `receive` then finds them.
 
         Raises:
             Unavailable: the peer is gone.
@@ -67,6 +67,7 @@ class FrameReader:
         while not self._rest and time.monotonic() < until_s:
             with contextlib.suppress(BlockingIOError):
                 self._rest = self._read(_NOW)
+        return bool(self._rest)
 
     def receive(self) -> Request:
         """The next frame.

@@ -34,6 +34,8 @@ ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 
 _MESSAGE_CHARS_MAX = 1000  # of an error: it travels in a header
 _FRAMING_BYTES = 64 << 10  # on top of the largest message, so that the limit said is the one of the local RPC
+_NO_DEADLINE_S = 365 * 86400.0  # where a client gives no deadline, gRPC tells of one in the year 2262
+_REPLY_S = 0.03  # what a wait leaves for its answer to travel: gRPC cancels at the deadline and the answer is lost
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
 _NO_DESCRIPTORS = (
     "MapSlabs answers only on the attach socket, {path}: descriptors cannot travel over gRPC. "
@@ -203,12 +205,15 @@ class GrpcServer:
     def _budget_s(self, context: grpc.ServicerContext) -> float:
         limits = self._config.limits
         remaining_s = context.time_remaining()
-        return min(limits.default_deadline_s if remaining_s is None else remaining_s, limits.max_deadline_s)
+        if remaining_s is None or remaining_s > _NO_DEADLINE_S:
+            return limits.default_deadline_s
+        return min(remaining_s, limits.max_deadline_s)
 
     def _run_wait(self, spec: MethodSpec, call: GrpcCall) -> bytes:
         with self._place_to_block(), defects_logged(spec.name):
             request = cast("kvstore_pb2.WaitRequest", parse(spec, call.payload))
-            response = self._handlers.wait(request, call.session, call.deadline_s, call.context.is_active)
+            until_s = call.deadline_s - min(_REPLY_S, (call.deadline_s - time.monotonic()) / 4)
+            response = self._handlers.wait(request, call.session, until_s, call.context.is_active)
             return response.SerializeToString()
 
     def _run_put(self, spec: MethodSpec, call: GrpcCall) -> bytes:

@@ -18,7 +18,8 @@ from kvstore.transport.methods import Kind, MethodSpec
 from kvstore.v1 import kvstore_pb2 as pb
 
 LEASE_TTL_S = 30.0
-RENEW_EVERY_S = 5.0
+# A renewal every 5 s of 30: a lease outlives five that were lost or late.
+_RENEWALS_PER_TTL = 6
 # A wait is cut into slices so that one whose caller has gone (gRPC cancel, session end) gives its thread back soon.
 WAIT_SLICE_S = 0.25
 # A wait answers this much before its deadline, or the answer "not all of it" would itself come too late.
@@ -32,12 +33,11 @@ def _always() -> bool:
 class Handlers:
     """Handlers of the data service over one engine."""
 
-    def __init__(
-        self, engine: DataEngine, lease_ttl_s: float = LEASE_TTL_S, renew_every_s: float = RENEW_EVERY_S
-    ) -> None:
+    def __init__(self, engine: DataEngine, lease_ttl_s: float = LEASE_TTL_S) -> None:
+        """`lease_ttl_s` is the engine's: clients are told it, and how often to give a sign of life."""
         self._engine = engine
         self._lease_ttl_ms = round(lease_ttl_s * 1000)
-        self._renew_every_ms = round(renew_every_s * 1000)
+        self._renew_every_ms = round(lease_ttl_s * 1000 / _RENEWALS_PER_TTL)
 
     def methods(self) -> dict[str, MethodSpec]:
         """Every method of the service by name."""

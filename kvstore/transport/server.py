@@ -33,7 +33,7 @@ class Transport:
         config.validate()
         self._config = config
         self._hooks = hooks
-        handlers = Handlers(engine)
+        handlers = Handlers(engine, config.lease_ttl_s)
         admin = AdminHandlers(engine, AdminHooks(hooks.is_operator, hooks.set_log_level, self._drained))
         registry = SessionRegistry()
         self._grpc = GrpcServer(engine, handlers, admin.methods(), config, registry)

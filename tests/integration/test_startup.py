@@ -7,10 +7,12 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import pytest
 
 from kvstore.bench.daemon import spawned
@@ -140,6 +142,19 @@ def test_a_capacity_that_cannot_hold_a_block_is_refused(folder: Path, flag: str)
     done = refused(*flags(folder, **{flag: "4KiB"}))
     assert done.returncode == 2
     assert f"--{flag.replace('_', '-')}: 4KiB is too small" in done.stderr
+
+
+def test_a_daemon_whose_cold_agent_is_gone_still_stops_in_order(folder: Path) -> None:
+    with spawned(64 << 20, 64 << 20) as daemon:
+        for child in psutil.Process(daemon.pid).children():
+            child.kill()
+        os.kill(daemon.pid, signal.SIGTERM)
+        deadline = time.monotonic() + WAIT_S
+        while psutil.Process(daemon.pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "it does not stop"
+            time.sleep(0.05)
+        assert "Traceback" not in daemon.log_tail()
+        assert daemon.log_tail().endswith("stopped")
 
 
 def test_a_cold_tier_that_cannot_start_is_told(folder: Path) -> None:

@@ -7,7 +7,7 @@ import itertools
 from array import array
 
 import numpy as np
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.protocol.errors import InvalidRequest
@@ -113,25 +113,22 @@ def last_key(root: bytes, tokens: list[int], block_tokens: int, extra: list[Extr
     return keys[len(keys) - 1]
 
 
-@given(sequences(), block_sizes, sequences(), block_sizes, st.booleans())
+@st.composite
+def full_blocks(draw: st.DrawFn) -> tuple[bytes, int, list[int], list[Extra]]:
+    """Root, block size, tokens of one block or more, and sorted extras: all that a last key stands for."""
+    size = draw(st.integers(1, 4))
+    count = size * draw(st.integers(1, 3))
+    tokens = draw(st.lists(st.sampled_from([0, 1, 8]), min_size=count, max_size=count))
+    extra = draw(st.lists(st.tuples(st.integers(0, count - 1), short_bytes), max_size=2))
+    return draw(st.sampled_from([NAMESPACE, bytes(32)])), size, tokens, sorted(extra)
+
+
+@given(full_blocks(), full_blocks())
 def test_different_blocks_have_different_keys(
-    one: tuple[list[int], list[Extra]],
-    one_size: int,
-    other: tuple[list[int], list[Extra]],
-    other_size: int,
-    same_root: bool,
+    one: tuple[bytes, int, list[int], list[Extra]], other: tuple[bytes, int, list[int], list[Extra]]
 ) -> None:
-    """A last key stands for everything before it; only what a block does not hold may differ."""
-
-    def full(sequence: tuple[list[int], list[Extra]], size: int) -> tuple[list[int], list[Extra]]:
-        stop = len(sequence[0]) // size * size
-        return sequence[0][:stop], sorted(pair for pair in sequence[1] if pair[0] < stop)
-
-    left, right = full(one, one_size), full(other, other_size)
-    assume(left[0] and right[0])
-    roots = (NAMESPACE, NAMESPACE if same_root else bytes(32))
-    same = last_key(roots[0], left[0], one_size, left[1]) == last_key(roots[1], right[0], other_size, right[1])
-    assert same == ((left, one_size, roots[0]) == (right, other_size, roots[1]))
+    left, right = (last_key(root, tokens, size, extra) for root, size, tokens, extra in (one, other))
+    assert (left == right) == (one == other)
 
 
 @given(st.lists(token, min_size=1, max_size=6), st.data())

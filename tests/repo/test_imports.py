@@ -1,6 +1,6 @@
 """What an import costs, as what it drags in: counted in modules and never in seconds.
 
-A worker imports kvstore_client into its own process, and the daemon's main process is to hold no torch.
+A worker imports kvstore_client into its own process, and the daemon's main process leaves torch and lmdb to agents.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def loaded_by(statement: str) -> set[str]:
     [
         ("import kvstore_client", {*HEAVY, "rich", "click", "prometheus_client"}),
         ("import kvstore.protocol.keys, kvstore.protocol.convert", {*HEAVY, "grpc", "xxhash"}),
-        ("import kvstore.app", {"torch", "numba", "transformers", "matplotlib"}),
-        ("import kvstore.cli.kvstored", {"torch", "numba", "transformers", "matplotlib"}),
+        ("import kvstore.app", {*HEAVY, "kvstore_client"} - {"numpy", "psutil"}),
+        ("import kvstore.cli.kvstored", {*HEAVY, "kvstore_client"} - {"numpy", "psutil"}),
         ("import kvstore.cli.kvctl", set(HEAVY)),
     ],
     ids=lambda value: value.removeprefix("import ") if isinstance(value, str) else "",

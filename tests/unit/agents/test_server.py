@@ -3,19 +3,14 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from typing import Any
 
 import pytest
+from served_agent import PATIENCE_S, SLAB_BYTES, Served
 
 from kvstore.protocol.errors import InternalError, InvalidRequest, NotFound, QuotaExceeded, Unavailable
 from kvstore.protocol.frames import HEADER, MAX_CALLS_IN_FLIGHT, MAX_PAYLOAD_BYTES, AgentMethod
 from kvstore.tiers.base import BlockRef, StoredRecord
 from kvstore.v1 import agent_pb2
-
-PATIENCE_S = 30.0
-SLAB_BYTES = 1 << 16
-
-Served = Any  # the class of the fixtures lives in conftest.py, which is not for import
 
 
 def items(*numbers: int, offset: int = 0, nbytes: int = 10) -> bytes:

@@ -44,7 +44,8 @@ def test_a_size_class_is_whole_pages(nbytes: int, slot: int) -> None:
 
 
 def test_target_grows_with_the_pool() -> None:
-    assert slab_target_bytes(0) == slab_target_bytes(64 << 30) == 64 << 20
+    assert slab_target_bytes(64 << 30) == slab_target_bytes(512 << 20) == 64 << 20
+    assert slab_target_bytes(64 << 20) == 8 << 20
     assert slab_target_bytes(1 << 40) == 1 << 30
 
 

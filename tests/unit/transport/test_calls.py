@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from typing import TypeAlias
 
 import pytest
+from google.protobuf.message import Message
+from transport_double import Setup, error_of, eventually, packed
 
 from kvstore.protocol.errors import (
     InternalError,
@@ -17,6 +21,8 @@ from kvstore.protocol.errors import (
 from kvstore.protocol.frames import MAX_CALLS_IN_FLIGHT, Method
 from kvstore.transport.handlers import Handlers, by_frame_method
 from kvstore.v1 import kvstore_pb2 as pb
+
+Make: TypeAlias = Callable[..., Setup]
 
 NS = bytes(32)
 
@@ -33,7 +39,7 @@ def wait_request(stop: int) -> pb.WaitRequest:
     return pb.WaitRequest(lease_id=7, stop=stop)
 
 
-def test_every_method_answers(setup):
+def test_every_method_answers(setup: Setup) -> None:
     peer = setup.attach()
     layout = [{"name": "kv", "dtype": "uint8", "shape": [16, 4], "axes": "token dim"}]
     spec = {"model": "m", "revision": "r", "block_tokens": 16, "kind": 1, "layout": layout, "hash_algorithm": "sha256"}
@@ -46,7 +52,9 @@ def test_every_method_answers(setup):
     assert (put.statuses, put.reasons) == (b"\x01", b"\x00")
     match = pb.MatchResponse.FromString(peer.call(Method.MATCH, pb.MatchRequest(namespace=NS, keys=key(0) + key(1))))
     assert (match.blocks, match.tokens, match.warm_blocks) == (1, 16, 1)
-    exists = pb.ExistsResponse.FromString(peer.call(Method.EXISTS, pb.ExistsRequest(namespace=NS, keys=key(0) + key(1))))
+    exists = pb.ExistsResponse.FromString(
+        peer.call(Method.EXISTS, pb.ExistsRequest(namespace=NS, keys=key(0) + key(1)))
+    )
     assert exists.bits == b"\x01\x00"
     groups = [pb.AcquireGroup(namespace=NS, keys=key(0), mode=pb.ACQUIRE_MODE_PREFIX)]
     assert pb.LeaseReply.FromString(peer.call(Method.ACQUIRE, pb.AcquireRequest(groups=groups))).lease_id == 7
@@ -62,7 +70,7 @@ def test_every_method_answers(setup):
     assert pb.ClearResponse.FromString(peer.call(Method.CLEAR, pb.ClearRequest(namespace=NS))).epoch == 2
 
 
-def test_the_tables_cover_the_service(setup):
+def test_the_tables_cover_the_service(setup: Setup) -> None:
     methods = Handlers(setup.engine).methods()
     declared = pb.DESCRIPTOR.services_by_name["KVStore"].methods
     assert [method.name for method in declared] == list(methods)
@@ -74,7 +82,7 @@ def test_the_tables_cover_the_service(setup):
     assert frames[Method.OPEN_NAMESPACE].name == "OpenNamespace"
 
 
-def test_every_frame_touches_the_session(setup):
+def test_every_frame_touches_the_session(setup: Setup) -> None:
     peer = setup.attach()
     for _ in range(3):
         peer.call(Method.RENEW)
@@ -113,7 +121,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("method", "request_", "said"), BAD)
-def test_what_can_never_work_is_refused_by_name_and_the_session_goes_on(setup, error_of, method, request_, said):
+def test_what_can_never_work_is_refused_by_name_and_the_session_goes_on(
+    setup: Setup, method: int, request_: Message | bytes, said: str
+) -> None:
     peer = setup.attach()
     error = error_of(lambda: peer.call(method, request_))
     assert type(error) is InvalidRequest
@@ -121,7 +131,7 @@ def test_what_can_never_work_is_refused_by_name_and_the_session_goes_on(setup, e
     peer.call(Method.RENEW)
 
 
-def test_an_unknown_method_is_answered_and_the_session_goes_on(setup, error_of):
+def test_an_unknown_method_is_answered_and_the_session_goes_on(setup: Setup) -> None:
     peer = setup.attach()
     error = error_of(lambda: peer.call(999))
     assert isinstance(error, ProtocolMismatch)
@@ -129,19 +139,21 @@ def test_an_unknown_method_is_answered_and_the_session_goes_on(setup, error_of):
     peer.call(Method.RENEW)
 
 
-def test_a_second_hello_is_refused(setup, error_of):
+def test_a_second_hello_is_refused(setup: Setup) -> None:
     peer = setup.attach()
     assert isinstance(error_of(peer.hello), InvalidRequest)
 
 
-def test_a_request_with_a_status_is_refused(setup):
+def test_a_request_with_a_status_is_refused(setup: Setup) -> None:
     peer = setup.attach()
     peer.frames.send(5, Method.RENEW, b"", status=3)
     reply = peer.recv()
     assert (reply.call_id, reply.status) == (5, InvalidRequest.code)
 
 
-def test_a_defect_is_logged_with_its_traceback_and_not_shown_to_the_peer(setup, error_of, caplog):
+def test_a_defect_is_logged_with_its_traceback_and_not_shown_to_the_peer(
+    setup: Setup, caplog: pytest.LogCaptureFixture
+) -> None:
     peer = setup.attach()
     setup.engine.fail_with = ZeroDivisionError("secret detail")
     with caplog.at_level(logging.ERROR, "kvstore"):
@@ -153,7 +165,7 @@ def test_a_defect_is_logged_with_its_traceback_and_not_shown_to_the_peer(setup, 
     peer.call(Method.MATCH, pb.MatchRequest(namespace=NS))
 
 
-def test_the_65th_call_in_flight_is_refused_and_the_next_after_a_reply_is_not(setup):
+def test_the_65th_call_in_flight_is_refused_and_the_next_after_a_reply_is_not(setup: Setup) -> None:
     setup.engine.set_ready(0)
     peer = setup.attach()
     ids = {peer.send(Method.WAIT, wait_request(1), deadline_ms=60_000) for _ in range(MAX_CALLS_IN_FLIGHT)}
@@ -168,7 +180,7 @@ def test_the_65th_call_in_flight_is_refused_and_the_next_after_a_reply_is_not(se
     peer.call(Method.RENEW)
 
 
-def test_a_call_id_that_is_in_flight_is_refused(setup):
+def test_a_call_id_that_is_in_flight_is_refused(setup: Setup) -> None:
     setup.engine.set_ready(0)
     peer = setup.attach()
     peer.send(Method.WAIT, wait_request(1), call_id=5, deadline_ms=60_000)
@@ -179,7 +191,7 @@ def test_a_call_id_that_is_in_flight_is_refused(setup):
     assert (peer.recv().call_id, peer.frames.has_buffered_frame()) == (5, False)
 
 
-def test_a_wait_answers_after_calls_that_came_later(setup):
+def test_a_wait_answers_after_calls_that_came_later(setup: Setup) -> None:
     setup.engine.set_ready(0)
     peer = setup.attach()
     waiting = peer.send(Method.WAIT, wait_request(2), deadline_ms=60_000)
@@ -190,18 +202,18 @@ def test_a_wait_answers_after_calls_that_came_later(setup):
     assert (reply.call_id, pb.WaitResponse.FromString(reply.payload).ready) == (waiting, 2)
 
 
-def test_a_wait_answers_what_is_ready_at_its_deadline(setup):
+def test_a_wait_answers_what_is_ready_at_its_deadline(setup: Setup) -> None:
     setup.engine.set_ready(1)
     reply = setup.attach().call(Method.WAIT, wait_request(5), deadline_ms=50)
     assert pb.WaitResponse.FromString(reply).ready == 1
 
 
-def test_a_wait_for_an_unknown_lease_is_refused(setup):
+def test_a_wait_for_an_unknown_lease_is_refused(setup: Setup) -> None:
     with pytest.raises(NotFound):
         setup.attach().call(Method.WAIT, pb.WaitRequest(lease_id=99, stop=1))
 
 
-def test_one_sessions_waits_leave_threads_for_anothers(make, eventually):
+def test_one_sessions_waits_leave_threads_for_anothers(make: Make) -> None:
     setup = make(limits={"wait_threads": 4, "waits_per_session": 2})
     setup.engine.set_ready(0)
     greedy, modest = setup.attach(), setup.attach()
@@ -212,7 +224,7 @@ def test_one_sessions_waits_leave_threads_for_anothers(make, eventually):
     assert {greedy.recv().call_id for _ in ids} == ids
 
 
-def test_puts_are_done_in_the_order_they_came_and_hold_nobody_up(setup):
+def test_puts_are_done_in_the_order_they_came_and_hold_nobody_up(setup: Setup) -> None:
     setup.engine.gate.clear()
     peer = setup.attach()
     ids = [peer.send(Method.PUT, put_request(i)) for i in range(30)]
@@ -222,7 +234,7 @@ def test_puts_are_done_in_the_order_they_came_and_hold_nobody_up(setup):
     assert setup.engine.put_order == [key(i) for i in range(30)]
 
 
-def test_a_put_knows_its_deadline_from_its_arrival(setup):
+def test_a_put_knows_its_deadline_from_its_arrival(setup: Setup) -> None:
     peer = setup.attach()
     before_s = time.monotonic()
     peer.call(Method.PUT, put_request(0), deadline_ms=700)
@@ -233,9 +245,9 @@ def test_a_put_knows_its_deadline_from_its_arrival(setup):
     assert before_s + 5.0 <= second_s <= after_s + 5.0
 
 
-def test_frames_that_arrive_together_or_in_pieces_are_all_answered(setup, frame):
+def test_frames_that_arrive_together_or_in_pieces_are_all_answered(setup: Setup) -> None:
     peer = setup.attach()
-    frames = b"".join(frame(b"", call_id=i, method=Method.RENEW) for i in range(1, 41))
+    frames = b"".join(packed(b"", call_id=i, method=Method.RENEW) for i in range(1, 41))
     for start in range(0, len(frames), 7):
         peer.send_raw(frames[start : start + 7])
     assert [peer.recv().call_id for _ in range(40)] == list(range(1, 41))
@@ -243,16 +255,11 @@ def test_frames_that_arrive_together_or_in_pieces_are_all_answered(setup, frame)
     assert [peer.recv().call_id for _ in range(40)] == list(range(1, 41))
 
 
-def test_a_thousand_calls_one_after_the_other_are_right_with_and_without_polling(make):
-    for spin_s in (0.0, 50e-6):
-        setup = make(limits={"spin_s": spin_s}) if not spin_s else setup_after(make, setup, spin_s)
-        peer = setup.attach()
-        peer.call(Method.PUT, put_request(1))
-        for i in range(1000):
-            reply = peer.call(Method.EXISTS, pb.ExistsRequest(namespace=NS, keys=key(i % 3)))
-            assert pb.ExistsResponse.FromString(reply).bits == bytes([i % 3 == 1])
-
-
-def setup_after(make, previous, spin_s: float):
-    previous.close()
-    return make(limits={"spin_s": spin_s})
+@pytest.mark.parametrize("spin_s", [0.0, 50e-6])
+def test_calls_closely_one_after_the_other_are_right_with_and_without_polling(make: Make, spin_s: float) -> None:
+    setup = make(limits={"spin_s": spin_s})
+    peer = setup.attach()
+    peer.call(Method.PUT, put_request(1))
+    for i in range(1000):
+        reply = peer.call(Method.EXISTS, pb.ExistsRequest(namespace=NS, keys=key(i % 3)))
+        assert pb.ExistsResponse.FromString(reply).bits == bytes([i % 3 == 1])

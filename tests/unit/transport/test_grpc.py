@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from transport_double import BOUND_S, Setup, eventually
 
 from kvstore.protocol.frames import MAX_PAYLOAD_BYTES, Method
+from kvstore.transport.admin import AdminHandlers, AdminHooks
 from kvstore.v1 import admin_pb2, admin_pb2_grpc, kvstore_pb2_grpc
 from kvstore.v1 import kvstore_pb2 as pb
 
+Make: TypeAlias = Callable[..., Setup]
+
 NS = bytes(32)
-BOUND_S = 10.0
 
 
 class Caller:
     """Stubs that send a session's token."""
 
-    def __init__(self, setup) -> None:
+    def __init__(self, setup: Setup) -> None:
         self.peer = setup.attach()
         channel = setup.channel()
         self.data = kvstore_pb2_grpc.KVStoreStub(channel)
         self.admin = admin_pb2_grpc.AdminStub(channel)
         self.metadata = (("kvstore-token", self.peer.hello_reply.token.hex()),)
 
-    def __call__(self, method, request, timeout: float | None = BOUND_S):
+    def __call__(self, method: Callable[..., Any], request: Message, timeout: float | None = BOUND_S) -> Any:
         return method(request, metadata=self.metadata, timeout=timeout)
 
 
-def code_of(call) -> tuple[grpc.StatusCode, str]:
+def code_of(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
     with pytest.raises(grpc.RpcError) as caught:
         call()
     return caught.value.code(), caught.value.details()
@@ -41,7 +47,7 @@ def key(i: int) -> bytes:
     return i.to_bytes(32, "little")
 
 
-def test_the_data_service_answers_as_on_the_attach_socket(setup):
+def test_the_data_service_answers_as_on_the_attach_socket(setup: Setup) -> None:
     caller = Caller(setup)
     data = caller.data
     assert caller(data.OpenSession, pb.OpenSessionRequest(staging_bytes=4096)).staging_bytes == 4096
@@ -58,7 +64,9 @@ def test_the_data_service_answers_as_on_the_attach_socket(setup):
 
 
 @pytest.mark.parametrize("metadata", [(), (("kvstore-token", "00" * 32),), (("kvstore-token", "no hex"),)])
-def test_without_a_token_of_this_daemon_nothing_is_answered(setup, metadata):
+def test_without_a_token_of_this_daemon_nothing_is_answered(
+    setup: Setup, metadata: tuple[tuple[str, str], ...]
+) -> None:
     setup.attach()
     channel = setup.channel()
     for method, request in (
@@ -72,7 +80,7 @@ def test_without_a_token_of_this_daemon_nothing_is_answered(setup, metadata):
     assert not setup.engine.drained
 
 
-def test_a_token_is_worth_nothing_after_its_session(setup):
+def test_a_token_is_worth_nothing_after_its_session(setup: Setup) -> None:
     caller = Caller(setup)
     caller(caller.data.Renew, pb.RenewRequest())
     caller.peer.close()
@@ -80,7 +88,7 @@ def test_a_token_is_worth_nothing_after_its_session(setup):
     assert code_of(lambda: caller(caller.data.Renew, pb.RenewRequest()))[0] is grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_errors_have_their_status(setup):
+def test_errors_have_their_status(setup: Setup) -> None:
     caller = Caller(setup)
     assert code_of(lambda: caller(caller.data.Match, pb.MatchRequest(namespace=b"x")))[0] is (
         grpc.StatusCode.INVALID_ARGUMENT
@@ -91,7 +99,7 @@ def test_errors_have_their_status(setup):
     assert (code, details) == (grpc.StatusCode.INTERNAL, "internal error, see the daemon's log")
 
 
-def test_bytes_that_are_no_request_are_an_invalid_argument(setup):
+def test_bytes_that_are_no_request_are_an_invalid_argument(setup: Setup) -> None:
     caller = Caller(setup)
     raw = setup.channel().unary_unary("/kvstore.v1.KVStore/Match")
     code, details = code_of(lambda: raw(b"\xff\xff", metadata=caller.metadata, timeout=BOUND_S))
@@ -99,14 +107,14 @@ def test_bytes_that_are_no_request_are_an_invalid_argument(setup):
     assert "MatchRequest" in details
 
 
-def test_map_slabs_says_where_it_works(setup):
+def test_map_slabs_says_where_it_works(setup: Setup) -> None:
     caller = Caller(setup)
     code, details = code_of(lambda: caller(caller.data.MapSlabs, pb.MapSlabsRequest(slab_ids=[0])))
     assert code is grpc.StatusCode.UNIMPLEMENTED
     assert str(setup.config.attach_path) in details
 
 
-def test_a_message_above_the_limit_is_refused_and_the_largest_is_not(setup):
+def test_a_message_above_the_limit_is_refused_and_the_largest_is_not(setup: Setup) -> None:
     caller = Caller(setup)
     fits = bytes((MAX_PAYLOAD_BYTES - 128) // 32 * 32)
     assert len(caller(caller.data.Exists, pb.ExistsRequest(namespace=NS, keys=fits)).bits) == len(fits) // 32
@@ -114,11 +122,11 @@ def test_a_message_above_the_limit_is_refused_and_the_largest_is_not(setup):
     assert code_of(lambda: caller(caller.data.Exists, too_long))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_puts_of_both_transports_share_the_sessions_lane(setup, eventually):
+def test_puts_of_both_transports_share_the_sessions_lane(setup: Setup) -> None:
     caller = Caller(setup)
     setup.engine.gate.clear()
     caller.peer.send(Method.PUT, pb.PutRequest(namespace=NS, keys=key(1), block_nbytes=64))
-    eventually(lambda: caller.peer is not None and setup.session().touches == 1)
+    eventually(lambda: setup.session().touches == 1)
     later = caller.data.Put.future(
         pb.PutRequest(namespace=NS, keys=key(2), block_nbytes=64), metadata=caller.metadata, timeout=BOUND_S
     )
@@ -128,7 +136,7 @@ def test_puts_of_both_transports_share_the_sessions_lane(setup, eventually):
     assert setup.engine.put_order == [key(1), key(2)]
 
 
-def test_a_put_that_is_not_answered_in_time_is_a_missed_deadline(setup):
+def test_a_put_that_is_not_answered_in_time_is_a_missed_deadline(setup: Setup) -> None:
     caller = Caller(setup)
     setup.engine.gate.clear()
     request = pb.PutRequest(namespace=NS, keys=key(1), block_nbytes=64)
@@ -136,20 +144,20 @@ def test_a_put_that_is_not_answered_in_time_is_a_missed_deadline(setup):
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-def test_a_wait_without_a_deadline_gets_the_default_one(make):
+def test_a_wait_without_a_deadline_gets_the_default_one(make: Make) -> None:
     setup = make(limits={"default_deadline_s": 0.2})
     setup.engine.set_ready(1)
     caller = Caller(setup)
     assert caller(caller.data.Wait, pb.WaitRequest(lease_id=7, stop=5), timeout=None).ready == 1
 
 
-def test_a_wait_answers_before_its_deadline(setup):
+def test_a_wait_answers_before_its_deadline(setup: Setup) -> None:
     setup.engine.set_ready(1)
     caller = Caller(setup)
     assert caller(caller.data.Wait, pb.WaitRequest(lease_id=7, stop=5), timeout=1.0).ready == 1
 
 
-def test_a_cancelled_wait_gives_its_thread_back(setup, eventually):
+def test_a_cancelled_wait_gives_its_thread_back(setup: Setup) -> None:
     setup.engine.set_ready(0)
     caller = Caller(setup)
     waiting = caller.data.Wait.future(pb.WaitRequest(lease_id=7, stop=5), metadata=caller.metadata, timeout=300)
@@ -158,7 +166,7 @@ def test_a_cancelled_wait_gives_its_thread_back(setup, eventually):
     eventually(lambda: setup.engine.waiting == 0)
 
 
-def test_waits_leave_room_for_other_calls(make, eventually):
+def test_waits_leave_room_for_other_calls(make: Make) -> None:
     setup = make(limits={"grpc_rpcs": 6, "grpc_waits": 3})
     setup.engine.set_ready(0)
     caller = Caller(setup)
@@ -172,7 +180,7 @@ def test_waits_leave_room_for_other_calls(make, eventually):
     assert {wait.result(BOUND_S).ready for wait in waits} == {5}
 
 
-def test_health_needs_no_token_and_says_when_the_daemon_drains(setup):
+def test_health_needs_no_token_and_says_when_the_daemon_drains(setup: Setup) -> None:
     stub = health_pb2_grpc.HealthStub(setup.channel())
     for service in ("", "kvstore.v1.KVStore", "kvstore.v1.Admin"):
         request = health_pb2.HealthCheckRequest(service=service)
@@ -183,7 +191,7 @@ def test_health_needs_no_token_and_says_when_the_daemon_drains(setup):
         assert stub.Check(request, timeout=BOUND_S).status == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-def test_health_can_be_watched(setup):
+def test_health_can_be_watched(setup: Setup) -> None:
     stub = health_pb2_grpc.HealthStub(setup.channel())
     stream = stub.Watch(health_pb2.HealthCheckRequest(), timeout=BOUND_S)
     assert next(stream).status == health_pb2.HealthCheckResponse.SERVING
@@ -192,7 +200,7 @@ def test_health_can_be_watched(setup):
     stream.cancel()
 
 
-def test_open_watches_leave_room_for_calls(make, eventually):
+def test_open_watches_leave_room_for_calls(make: Make) -> None:
     setup = make(limits={"grpc_rpcs": 8, "grpc_public_streams": 2})
     stub = health_pb2_grpc.HealthStub(setup.channel())
     streams = [stub.Watch(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(2)]
@@ -216,7 +224,7 @@ def test_open_watches_leave_room_for_calls(make, eventually):
     eventually(free_again)
 
 
-def test_reflection_needs_no_token(setup):
+def test_reflection_needs_no_token(setup: Setup) -> None:
     stub = reflection_pb2_grpc.ServerReflectionStub(setup.channel())
     replies = stub.ServerReflectionInfo(
         iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=BOUND_S
@@ -225,7 +233,7 @@ def test_reflection_needs_no_token(setup):
     assert {"kvstore.v1.KVStore", "kvstore.v1.Admin", "grpc.health.v1.Health"} <= names
 
 
-def test_the_admin_service_answers(setup):
+def test_the_admin_service_answers(setup: Setup) -> None:
     caller = Caller(setup)
     admin = caller.admin
     assert caller(admin.GetStats, admin_pb2.GetStatsRequest()).sessions == 1
@@ -239,7 +247,7 @@ def test_the_admin_service_answers(setup):
     assert setup.levels == ["debug"]
 
 
-def test_admin_requests_are_checked(setup):
+def test_admin_requests_are_checked(setup: Setup) -> None:
     caller = Caller(setup)
     admin = caller.admin
     for method, request in (
@@ -251,9 +259,7 @@ def test_admin_requests_are_checked(setup):
         assert code_of(lambda: caller(method, request))[0] is grpc.StatusCode.INVALID_ARGUMENT  # noqa: B023
 
 
-def test_the_tables_cover_the_admin_service():
-    from kvstore.transport.admin import AdminHandlers, AdminHooks
-
+def test_the_tables_cover_the_admin_service() -> None:
     hooks = AdminHooks(lambda uid: True, str, lambda: None)
     methods = AdminHandlers(None, hooks).methods()  # type: ignore[arg-type]
     declared = admin_pb2.DESCRIPTOR.services_by_name["Admin"].methods
@@ -263,7 +269,7 @@ def test_the_tables_cover_the_admin_service():
         assert methods[method.name].response.DESCRIPTOR is method.output_type
 
 
-def test_what_changes_the_daemon_is_for_operators(setup):
+def test_what_changes_the_daemon_is_for_operators(setup: Setup) -> None:
     setup.operators = False
     caller = Caller(setup)
     admin = caller.admin
@@ -279,7 +285,7 @@ def test_what_changes_the_daemon_is_for_operators(setup):
     caller(admin.GetStats, admin_pb2.GetStatsRequest())
 
 
-def test_drain_turns_health_off_and_still_answers(setup):
+def test_drain_turns_health_off_and_still_answers(setup: Setup) -> None:
     caller = Caller(setup)
     caller(caller.admin.Drain, admin_pb2.DrainRequest())
     assert setup.engine.drained
@@ -289,7 +295,7 @@ def test_drain_turns_health_off_and_still_answers(setup):
     caller(caller.data.Renew, pb.RenewRequest())
 
 
-def test_more_rpcs_than_the_limit_are_refused_with_resource_exhausted(make, eventually):
+def test_more_rpcs_than_the_limit_are_refused_with_resource_exhausted(make: Make) -> None:
     setup = make(limits={"grpc_rpcs": 2, "grpc_waits": 2})
     setup.engine.set_ready(0)
     caller = Caller(setup)
@@ -303,7 +309,7 @@ def test_more_rpcs_than_the_limit_are_refused_with_resource_exhausted(make, even
         wait.result(BOUND_S)
 
 
-def test_stop_lets_an_rpc_finish(setup, eventually):
+def test_stop_lets_an_rpc_finish(setup: Setup) -> None:
     setup.engine.set_ready(0)
     caller = Caller(setup)
     wait = caller.data.Wait.future(pb.WaitRequest(lease_id=7, stop=5), metadata=caller.metadata, timeout=BOUND_S)

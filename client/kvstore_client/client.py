@@ -1,0 +1,204 @@
+"""The client: one attachment to the daemon of this machine, shared by all threads of a worker."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, NoReturn, Required, TypeAlias, TypedDict, Unpack
+
+from kvstore.protocol.errors import InvalidRequest
+from kvstore.protocol.keys import Keys
+from kvstore.protocol.namespace import KVLayout, NamespaceSpec
+from kvstore.v1 import kvstore_pb2 as pb
+from kvstore_client import forks
+from kvstore_client.address import resolve
+from kvstore_client.connection import FAIL_OPEN_ERRORS, Connection
+from kvstore_client.lease import Lease
+from kvstore_client.namespace import ASK_TIMEOUT_S, Mode, Namespace, acquire_groups
+from kvstore_client.rpc import RENEW
+from kvstore_client.session import Options, Session
+from kvstore_client.stats import get_stats
+
+ATTACH_TIMEOUT_S = 5.0
+STATS_TIMEOUT_S = 5.0
+PING_TIMEOUT_S = 1.0
+DEFAULT_STAGING_BYTES = 64 << 20
+MAX_NAME_BYTES = 128
+TRANSPORTS = ("auto", "local", "grpc")
+
+Transport: TypeAlias = Literal["auto", "local", "grpc"]
+
+
+class NamespaceFields(TypedDict, total=False):
+    """Arguments of Client.namespace(): the fields of a NamespaceSpec."""
+
+    model: Required[str]
+    revision: Required[str]
+    block_tokens: Required[int]
+    layout: Required[KVLayout]
+    kind: Literal["chain", "set"]
+    shard: Mapping[str, tuple[int, int]] | Literal["all"]
+    identity: Mapping[str, str]
+    salt: str
+    hash_algorithm: str
+
+
+class Client:
+    """A client of the daemon on this machine. Any thread may use it; close() it, or use it as a context manager.
+
+    It attaches at once, and again by itself after the daemon was restarted. Every call has a deadline. A child of
+    fork() cannot use it and has to make its own.
+    """
+
+    def __init__(
+        self,
+        address: str | os.PathLike[str] | None = None,
+        *,
+        fail_open: bool = False,
+        transport: Transport = "auto",
+        name: str = "",
+        staging_bytes: int = DEFAULT_STAGING_BYTES,
+    ) -> None:
+        """Attach to the daemon.
+
+        Args:
+            address: "unix:/path/to.sock" or the path. None: $KVSTORE_ADDRESS, then
+                $XDG_RUNTIME_DIR/kvstore/kvstore.sock, then /run/kvstore/kvstore.sock.
+            fail_open: a daemon that is gone or late is a miss: lookups find nothing, puts are REJECTED(UNAVAILABLE).
+                After a few failures in a row the daemon is not asked again until it answers a probe made in the
+                background. Mistakes of the caller still raise, and so do delete(), clear(), stats() and ping().
+            transport: "auto" and "local": the local RPC on the attach socket. "grpc": the public gRPC API, for all but
+                the hello and the mapping of shared memory.
+            name: shown by `kvctl sessions`; at most 128 bytes. Empty: the process id.
+            staging_bytes: memory that the daemon sets aside for this client's puts; 0 for a client that only reads.
+
+        Raises:
+            InvalidRequest: an argument is wrong.
+            Unavailable, DeadlineExceeded: no daemon answers (not raised by a fail-open client).
+            PermissionDenied: this user may not attach.
+            ProtocolMismatch: the daemon speaks another version of the protocol.
+        """
+        options = Options(
+            address=resolve(address),
+            name=_checked_name(name or f"pid {os.getpid()}"),
+            transport="grpc" if _checked_transport(transport) == "grpc" else "local",
+            staging_bytes=_checked_staging(staging_bytes),
+            is_fail_open=fail_open,
+        )
+        self._connection = Connection(options)
+        self._finalizer = weakref.finalize(self, self._connection.close)
+        forks.register(self._connection)
+        with contextlib.suppress(*(FAIL_OPEN_ERRORS if fail_open else ())):
+            self._connection.run(lambda session, deadline_s: None, ATTACH_TIMEOUT_S)
+
+    def namespace(self, **fields: Unpack[NamespaceFields]) -> Namespace:
+        """A namespace: all that must agree for two workers to share blocks.
+
+        Args:
+            **fields: model (id) and revision; block_tokens (1..65536); layout (KVLayout of one block);
+                kind: "chain" (default: prefixes) or "set" (independent blocks);
+                shard: axis -> (rank, size) for tp, pp, dcp, …, or "all" (default);
+                identity: whatever else must agree, string -> string: weight quantisation, kv dtype and scales, rope
+                overrides, page layout, producer format; salt; hash_algorithm ("sha256").
+
+        Raises:
+            InvalidRequest: a field is out of its limits; the message names it.
+            Unavailable, DeadlineExceeded: no answer (not raised by a fail-open client).
+        """
+        fields.setdefault("kind", "chain")
+        try:
+            spec = NamespaceSpec(**fields)
+        except TypeError as error:
+            raise InvalidRequest(f"namespace(): {str(error).removeprefix('NamespaceSpec.__init__() ')}") from error
+        namespace = Namespace(self._connection, spec)
+
+        def open_it(session: Session, deadline_s: float) -> None:
+            namespace.open_on(session, deadline_s)
+
+        self._connection.run_or(open_it, ATTACH_TIMEOUT_S, lambda: None)
+        return namespace
+
+    def acquire(
+        self, groups: Sequence[tuple[Namespace, Keys | bytes, Mode]], timeout_s: float = ASK_TIMEOUT_S
+    ) -> Lease:
+        """One lease on several namespaces: the longest position that all of them can serve, or nothing.
+
+        Args:
+            groups: (namespace, keys, mode) for each: "prefix" leases all blocks up to the position, "last" only the
+                one that ends there (a state checkpoint, a sliding window).
+            timeout_s: bound of this call, not of the loading.
+
+        Returns:
+            A lease; `lease.groups` has one entry for each group, in order.
+
+        Raises:
+            As Namespace.acquire() does.
+        """
+        if not groups:
+            raise InvalidRequest("acquire() needs at least one (namespace, keys, mode)")
+        for namespace, _, _ in groups:
+            if namespace.connection is not self._connection:
+                raise InvalidRequest("every namespace must be of this client")
+        return acquire_groups(self._connection, groups, timeout_s)
+
+    def stats(self, timeout_s: float = STATS_TIMEOUT_S) -> dict[str, Any]:
+        """The daemon's counters, named as in kvstore/v1/admin.proto; `tiers` by name. Goes over gRPC.
+
+        Raises:
+            Unavailable, DeadlineExceeded: no answer, also for a fail-open client.
+        """
+        return self._connection.run(get_stats, timeout_s)
+
+    def ping(self, timeout_s: float = PING_TIMEOUT_S) -> float:
+        """Seconds of one round trip.
+
+        Raises:
+            Unavailable, DeadlineExceeded: no answer, also for a fail-open client.
+        """
+
+        def ask(session: Session, deadline_s: float) -> float:
+            begin_s = time.perf_counter()
+            session.link.call(RENEW, pb.RenewRequest(), deadline_s)
+            return time.perf_counter() - begin_s
+
+        return self._connection.run(ask, timeout_s)
+
+    def close(self) -> None:
+        """Detach: leases end and mapped memory goes. Idempotent; later calls raise InvalidRequest."""
+        self._finalizer()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Client is an attachment of this process and cannot be pickled; make one in each process")
+
+    def __repr__(self) -> str:
+        return f"<Client {self._connection.options.address}>"
+
+
+def _checked_name(name: str) -> str:
+    if not isinstance(name, str) or len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
+        raise InvalidRequest(f"name is {name!r:.60}; it must be a string of at most {MAX_NAME_BYTES} bytes")
+    return name
+
+
+def _checked_transport(transport: str) -> str:
+    if transport not in TRANSPORTS:
+        raise InvalidRequest(f"transport is {transport!r}; it must be one of {', '.join(TRANSPORTS)}")
+    return transport
+
+
+def _checked_staging(staging_bytes: int) -> int:
+    if not isinstance(staging_bytes, int) or staging_bytes < 0:
+        raise InvalidRequest(f"staging_bytes is {staging_bytes!r}; it must be a number of bytes, 0 or more")
+    return staging_bytes
