@@ -8,7 +8,8 @@ BENCH_ARGS ?=
 DEMO_ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-install := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+# Twice quiet: only errors. What a machine is told of its own package sources belongs to nobody here.
+install := $(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -47,7 +48,7 @@ bench: $(VENV)/.dev ## Measure a daemon of its own, as ratios to memcpy
 	$(BIN)/kvctl bench --spawn $(BENCH_ARGS)
 
 clean: ## Remove caches and build output
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage demo.png
 	find kvstore client ops tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## Remove the environments too

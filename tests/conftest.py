@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
 from pickle_audit import PickleAudit
 
 # No deadline: on a loaded two-core machine an example may take a hundred times its usual time.

@@ -13,6 +13,7 @@ from kvstore.protocol.errors import (
     InvalidRequest,
     KVStoreError,
     ProtocolMismatch,
+    QuotaExceeded,
     Unauthenticated,
     Unavailable,
 )
@@ -31,8 +32,8 @@ MAX_BACK_OFF_S = 1.0
 
 FAIL_OPEN_ERRORS = (Unavailable, DeadlineExceeded, InternalError)
 """What a fail-open client turns into a miss; everything else is a mistake that somebody has to see."""
-_SWALLOWED = (*FAIL_OPEN_ERRORS, Unauthenticated, ProtocolMismatch)
-"""The last two can only mean that the daemon was replaced while this client lived: its constructor raises them."""
+_SWALLOWED = (*FAIL_OPEN_ERRORS, QuotaExceeded, Unauthenticated, ProtocolMismatch)
+"""Later on also a full daemon, and one that was replaced; the constructor raises these."""
 
 
 class Connection:

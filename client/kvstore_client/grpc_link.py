@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Generic
+from typing import Any, ClassVar, Generic
 
 from kvstore.protocol.errors import DeadlineExceeded, KVStoreError, Unauthenticated, Unavailable, from_code
 from kvstore.protocol.frames import MAX_CALLS_IN_FLIGHT, MAX_PAYLOAD_BYTES
@@ -80,6 +80,8 @@ class GrpcCall(Generic[R]):
 
 class GrpcLink:
     """A `kvstore_client.rpc.Link` over gRPC."""
+
+    keeps_order: ClassVar[bool] = False
 
     def __init__(self, target: str, token: bytes, on_trouble: Callable[[], None]) -> None:
         """Open a channel.

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from kvstore.protocol.errors import DeadlineExceeded, InvalidRequest, LeaseExpired, NotFound
+from kvstore.protocol.errors import DeadlineExceeded, InvalidRequest, LeaseExpired, NotFound, Unavailable
 from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.v1 import kvstore_pb2 as pb
 from kvstore_client._lazy import np
 from kvstore_client.reading import READ_TIMEOUT_S, LeaseGroup
-from kvstore_client.rpc import HANDOFF, WAIT, deadline_after
+from kvstore_client.rpc import HANDOFF, WAIT, Q, R, Rpc, deadline_after
 from kvstore_client.slabs import Slab
 from kvstore_client.tensors import Framework
 
@@ -203,14 +203,9 @@ class Lease:
         if not self.lease_id:
             raise InvalidRequest("a lease of zero blocks cannot be handed off")
         self.check_alive()
-        assert self.session is not None
-        try:
-            request = pb.HandoffRequest(lease_id=self.lease_id)
-            reply = self.session.link.call(HANDOFF, request, deadline_after(timeout_s))
-        except NotFound as error:
-            self._expire_unknown(error)
+        token = self._ask(HANDOFF, pb.HandoffRequest(lease_id=self.lease_id), deadline_after(timeout_s)).token
         self.end("the lease was handed off")
-        return reply.token
+        return token
 
     def __enter__(self) -> Lease:
         return self
@@ -260,14 +255,10 @@ class Lease:
             LeaseExpired: the lease is over.
         """
         self.check_alive()
-        assert self.session is not None
-        request = pb.WaitRequest(lease_id=self.lease_id, stop=stop)
         try:
-            reply = self.session.link.call(WAIT, request, deadline_s)
+            reply = self._ask(WAIT, pb.WaitRequest(lease_id=self.lease_id, stop=stop), deadline_s)
         except DeadlineExceeded:
             return
-        except NotFound as error:
-            self._expire_unknown(error)
         if reply.lost:
             for group in self.groups:
                 group.cut(reply.lost - 1)
@@ -277,6 +268,13 @@ class Lease:
             self.end("the daemon took the blocks back: the lease had expired")
             self.check_alive()
 
-    def _expire_unknown(self, error: NotFound) -> NoReturn:
-        self.end("the daemon does not know this lease any more: it had expired")
-        raise LeaseExpired(str(self._ended)) from error
+    def _ask(self, rpc: Rpc[Q, R], request: Q, deadline_s: float) -> R:
+        """A call about this lease."""
+        assert self.session is not None
+        try:
+            return self.session.link.call(rpc, request, deadline_s)
+        except (NotFound, LeaseExpired, Unavailable) as error:
+            if isinstance(error, Unavailable) and not self.session.is_lost:
+                raise
+            self.end(f"the lease is over: {error}")
+            raise LeaseExpired(str(self._ended)) from error

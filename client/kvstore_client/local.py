@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic
+from typing import Any, ClassVar, Generic
 
 from kvstore.protocol.errors import DeadlineExceeded, InvalidRequest, PermissionDenied, Unavailable, from_code
 from kvstore.protocol.frames import HEADER, MAX_CALLS_IN_FLIGHT, MAX_PAYLOAD_BYTES
@@ -97,6 +97,8 @@ class LocalCall(Generic[R]):
 
 class LocalLink:
     """A `kvstore_client.rpc.Link` over a connected attach socket."""
+
+    keeps_order: ClassVar[bool] = True
 
     def __init__(self, sock: socket.socket, on_lost: Callable[[str], None]) -> None:
         """Take over a blocking socket.

@@ -192,7 +192,7 @@ class Namespace:
         Raises:
             Unavailable, DeadlineExceeded: no answer (for a fail-open client those blocks are REJECTED(UNAVAILABLE)).
             InvalidRequest: keys and blocks do not fit each other or the layout; nothing was sent.
-            QuotaExceeded: the session has less staging than one block.
+            QuotaExceeded: the session has less staging than one block (for a fail-open client: REJECTED(QUOTA)).
         """
         named = keys if isinstance(keys, Keys) else Keys.from_bytes(keys)
         buffers = block_buffers(blocks, self.spec.layout, Wanted("blocks", len(named), True, False))
@@ -202,6 +202,8 @@ class Namespace:
 
         def store(session: Session, deadline_s: float) -> list[PutOutcome]:
             target = self._target(self.open_on(session, deadline_s))
+            if session.lacks_staging_for(self._block_nbytes):
+                return [REJECTED(RejectReason.QUOTA)] * len(named)
             pipeline = PutPipeline(session, target, len(named), deadline_s)
             tried.append(pipeline)
             pipeline.run(named, buffers)
@@ -228,6 +230,8 @@ class Namespace:
 
         def take(session: Session, deadline_s: float) -> tuple[StagedRange | None, NDArray[np.uint8] | None]:
             target = self._target(self.open_on(session, deadline_s))
+            if session.lacks_staging_for(self._block_nbytes):
+                return None, None
             staging = session.staging(self._block_nbytes, deadline_s)
             if n * target.stride > staging.nbytes:
                 fits = staging.nbytes // target.stride

@@ -30,6 +30,7 @@ class RejectReason(IntEnum):
     QUOTA = 6  # the tenant's budget is full of pinned blocks
     UNAVAILABLE = 7  # no daemon (said by a fail-open client)
     DRAINING = 8  # the daemon is shutting down
+    CLEARED = 9  # the namespace was cleared meanwhile
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Storing blocks: a pipeline of sub-batches through the staging segment.
 
 While the daemon copies one sub-batch out of staging and hashes it, this side copies the next one in. The daemon
-handles the puts of one session in order, so a chain may be cut anywhere.
+handles the puts of one session in the order in which they come, so a chain may be cut anywhere. Over gRPC calls
+overtake each other: there a sub-batch of a chain is sent when the one before it has been answered.
 """
 
 from __future__ import annotations
@@ -148,6 +149,10 @@ class PutPipeline:
                 break
             try:
                 self._copy_in(place, blocks, first, count)
+                self._await_parent()
+                if self._lacks_parent:
+                    self._staging.give(place)
+                    break
                 part = keys[first : first + count]
                 flight = start_put(self._session, self._staging, self._target, place, part, self._deadline_s)
             except BaseException:
@@ -189,6 +194,11 @@ class PutPipeline:
             for piece in pieces:
                 np.copyto(row[at : at + len(piece)], piece)
                 at += len(piece)
+
+    def _await_parent(self) -> None:
+        """In a chain the next sub-batch hangs on the last one, which must not be overtaken on its way."""
+        while self._flights and self._target.is_chain and not self._session.link.keeps_order:
+            self._land(self._deadline_s)
 
     def _land(self, deadline_s: float) -> None:
         """Take the oldest answer."""

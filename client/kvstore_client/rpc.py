@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
@@ -93,6 +93,8 @@ class Link(Protocol):
 
     last_sent_s: float
     """time.monotonic() of the last frame sent."""
+    keeps_order: ClassVar[bool]
+    """Whether the daemon gets calls in the order in which one thread starts them."""
 
     def call(self, rpc: Rpc[Q, R], request: Q, deadline_s: float) -> R:
         """Send a request and return its answer.

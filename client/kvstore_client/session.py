@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import threading
 import time
 import weakref
@@ -26,6 +27,7 @@ from kvstore_client.rpc import HELLO, OPEN_NAMESPACE, OPEN_SESSION, RELEASE, Lin
 from kvstore_client.slabs import SlabCache
 from kvstore_client.staging import Staging
 
+_log = logging.getLogger(__name__)
 _serials = itertools.count(1)
 
 
@@ -98,11 +100,21 @@ class Session:
         self.grpc_target = hello.grpc_target
         if options.transport == "grpc":
             self.link = GrpcLink(hello.grpc_target, hello.token, self.attach.check_peer)
-        opened = self.link.call(OPEN_SESSION, pb.OpenSessionRequest(staging_bytes=options.staging_bytes), deadline_s)
+        opened = self._open_session(options, deadline_s)
         self.session_id = opened.session_id
         self.tenant = opened.tenant
         self.staging_bytes = opened.staging_bytes
         self.renew_every_s = max(opened.renew_every_ms, 1) / 1000
+
+    def _open_session(self, options: Options, deadline_s: float) -> pb.OpenSessionResponse:
+        request = pb.OpenSessionRequest(staging_bytes=options.staging_bytes)
+        try:
+            return self.link.call(OPEN_SESSION, request, deadline_s)
+        except QuotaExceeded as error:
+            if not options.is_fail_open or not options.staging_bytes:
+                raise
+            _log.warning("attached without staging, so every put will be rejected: %s", error)
+            return self.link.call(OPEN_SESSION, pb.OpenSessionRequest(), deadline_s)
 
     @property
     def is_lost(self) -> bool:
@@ -190,6 +202,10 @@ class Session:
                 pumped = True
 
     # --- staging
+
+    def lacks_staging_for(self, block_nbytes: int) -> bool:
+        """Whether this is a fail-open client's session whose staging is smaller than one block."""
+        return self.is_fail_open and block_nbytes > self.staging_bytes
 
     def staging(self, block_nbytes: int, deadline_s: float) -> Staging:
         """The staging segment, mapped on first use.

@@ -9,13 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from kvstore_client import Client, Keys, Namespace
-
 from kvstore.bench import worker
 from kvstore.bench.figures import Result, latency_figures
 from kvstore.bench.memory import kv_like_blocks
 from kvstore.bench.neighbour import BLOCK_NBYTES, neighbour_name
 from kvstore.bench.scale import Scale
+from kvstore_client import Client, Keys, Namespace
 
 _TIMEOUT_S = 30.0
 _NEIGHBOURS = 3

@@ -6,10 +6,10 @@ import itertools
 import sys
 
 import click
-from kvstore_client import Client
 
 from kvstore.bench import worker
 from kvstore.bench.memory import kv_like_blocks
+from kvstore_client import Client
 
 _TIMEOUT_S = 30.0
 _PUT_BLOCKS = 64

@@ -6,25 +6,38 @@ import contextlib
 import os
 import platform
 import statistics
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal
 
-from kvstore_client import Client
-
 from kvstore.bench import footprint, worker
-from kvstore.bench.calls import Calls
-from kvstore.bench.daemon import spawned
+from kvstore.bench.calls import Calls, NeighbourFailed
+from kvstore.bench.daemon import DaemonFailed, spawned
 from kvstore.bench.figures import Result, chosen
 from kvstore.bench.scale import Scale
-from kvstore.bench.transfers import BIG_BLOCK, SMALL_BLOCK, Transfers
+from kvstore.bench.transfers import BIG_BLOCK, SMALL_BLOCK, IncompleteTransfer, Transfers
 from kvstore.machine import Machine
+from kvstore.protocol.errors import KVStoreError
+from kvstore_client import Client
 
 _COLD_FACTOR = 4  # cold tier of a spawned daemon, in warm pools
 _SPILL_POOL_MIN = 128 << 20  # blocks on their way to disk cannot make room: a pool must hold many times as many
+_NEEDS_OWN_DAEMON = {"put_spill", "idle"}  # they fill a pool to the brim, or want nobody else there
 _PACKAGES = ("kvtier", "grpcio", "protobuf", "numpy", "lmdb", "zstandard", "xxhash")
 _BATCHES = {"256": 256, "64": 64, "8": 8, "1": 1}
+
+FAILURES = (
+    KVStoreError,
+    DaemonFailed,
+    NeighbourFailed,
+    IncompleteTransfer,
+    worker.NotSettled,
+    ArithmeticError,
+    OSError,
+    subprocess.SubprocessError,
+)
 
 Progress = Callable[[str], None]
 
@@ -34,6 +47,7 @@ class Bench:
 
     Attributes:
         results: what has been measured so far.
+        failures: why each of the other results could not be, by name.
     """
 
     def __init__(self, names: Sequence[str], scale: Scale, progress: Progress, address: str | None = None) -> None:
@@ -48,28 +62,21 @@ class Bench:
         self._address = address
         self._memcpy: list[tuple[int, list[float]]] = []
         self.results: list[Result] = []
-        own_only = {"put_spill", "idle"}.intersection(self._wanted)
+        self.failures: dict[str, str] = {}
+        own_only = _NEEDS_OWN_DAEMON.intersection(self._wanted)
         if address and names and own_only:
             raise ValueError(f"{', '.join(sorted(own_only))}: needs a daemon of its own; give --spawn")
         if address:
             self._wanted = [name for name in self._wanted if name not in own_only]
 
     def run(self) -> dict[str, object]:
-        """Measure everything; returns the report as JSON can hold it."""
-        if self._any("get_", "put_256", "call_", "match_", "keys_"):
-            with self._daemon(self._scale.warm_bytes) as address:
-                self._on_shared_daemon(address)
-        if self._any("put_spill"):
-            pool = max(2 * self._scale.working_set_bytes, _SPILL_POOL_MIN)
-            with self._daemon(pool) as address, _client(address) as client:
-                self._measure("put_spill", self._transfers(client, BIG_BLOCK).put_spill)
-        if self._any("idle"):
-            with spawned(self._scale.warm_bytes, self._scale.warm_bytes) as daemon:
-                with _client(daemon.address) as client:
-                    worker.wait_populated(client)
-                self._measure("idle", lambda name: footprint.idle(name, daemon.pid, self._scale))
-        self._measure("import_ratio", lambda name: footprint.import_ratio(name, self._scale))
-        self._measure("kvctl_help_s", lambda name: footprint.kvctl_help(name, self._scale))
+        """Measure everything; returns the report as JSON can hold it. What fails leaves the rest alone."""
+        shared = self._names("get_", "put_256", "call_", "match_", "keys_")
+        self._attempt(shared, self._on_shared_daemon)
+        self._attempt(self._names("put_spill"), self._spill)
+        self._attempt(self._names("idle"), self._idle)
+        for name, measure in (("import_ratio", footprint.import_ratio), ("kvctl_help_s", footprint.kvctl_help)):
+            self._attempt(self._names(name), partial(self._measure, name, partial(measure, scale=self._scale)))
         return self.report()
 
     def report(self) -> dict[str, object]:
@@ -78,19 +85,43 @@ class Bench:
         return {
             "memcpy_gb_s": round(statistics.median(memcpy), 3) if memcpy else None,
             "results": [result.document() for result in self.results],
+            "failures": self.failures,
             "environment": environment(self._scale),
         }
 
-    def _on_shared_daemon(self, address: str) -> None:
-        with _client(address) as client:
+    def _attempt(self, names: Sequence[str], measure: Callable[[], None]) -> None:
+        """Measure; where that ends early, what `names` still lack has failed for the same reason."""
+        if not names:
+            return
+        try:
+            measure()
+        except FAILURES as error:
+            done = {result.name for result in self.results}
+            missing = [name for name in names if name not in done and name not in self.failures]
+            self.failures |= dict.fromkeys(missing, f"{type(error).__name__}: {error}")
+            self._progress(f"failed: {error}")
+
+    def _spill(self) -> None:
+        pool = max(2 * self._scale.working_set_bytes, _SPILL_POOL_MIN)
+        with self._daemon(pool) as address, _client(address) as client:
+            self._measure("put_spill", self._transfers(client, BIG_BLOCK).put_spill)
+
+    def _idle(self) -> None:
+        with spawned(self._scale.warm_bytes, self._scale.warm_bytes) as daemon:
+            with _client(daemon.address) as client:
+                worker.wait_populated(client)
+            self._measure("idle", lambda name: footprint.idle(name, daemon.pid, self._scale))
+
+    def _on_shared_daemon(self) -> None:
+        with self._daemon(self._scale.warm_bytes) as address, _client(address) as client:
             for prefix, block_nbytes in (("get_", BIG_BLOCK), ("get_256k_", SMALL_BLOCK)):
                 names = [prefix + batch for batch in _BATCHES if prefix + batch in self._wanted]
-                if names:
-                    self._gets(client, block_nbytes, names)
-            if self._any("put_256"):
-                self._measure("put_256", self._transfers(client, BIG_BLOCK).put)
-            if self._any("call_", "match_", "keys_"):
-                self._calls(address, client)
+                self._attempt(names, partial(self._gets, client, block_nbytes, names))
+            self._attempt(self._names("put_256"), partial(self._put, client))
+            self._attempt(self._names("call_", "match_", "keys_"), partial(self._calls, address, client))
+
+    def _put(self, client: Client) -> None:
+        self._measure("put_256", self._transfers(client, BIG_BLOCK).put)
 
     def _gets(self, client: Client, block_nbytes: int, names: list[str]) -> None:
         transfers = self._transfers(client, block_nbytes)
@@ -107,7 +138,7 @@ class Bench:
         self._measure("match_8192_us", lambda name: calls.many_keys(name, space, keys))
         self._measure("keys_131072_ms", lambda name: calls.hashing(name, space))
         self._measure("call_busy_p99_us", lambda name: calls.beside_neighbours(name, space, keys))
-        if self._any("call_grpc_us"):
+        if "call_grpc_us" in self._wanted:
             with _client(address, transport="grpc") as remote:
                 same = worker.namespace(remote, space.block_nbytes, "calls")
                 self._measure("call_grpc_us", lambda name: calls.one_key(name, same, keys))
@@ -126,8 +157,8 @@ class Bench:
             self._progress(name)
             self.results.append(measure(name))
 
-    def _any(self, *prefixes: str) -> bool:
-        return any(name.startswith(prefixes) for name in self._wanted)
+    def _names(self, *prefixes: str) -> list[str]:
+        return [name for name in self._wanted if name.startswith(prefixes)]
 
     @contextlib.contextmanager
     def _daemon(self, warm_bytes: int) -> Iterator[str]:
@@ -136,7 +167,11 @@ class Bench:
             return
         self._progress(f"starting a daemon with {warm_bytes >> 20} MiB of warm memory")
         with spawned(warm_bytes, _COLD_FACTOR * warm_bytes) as daemon:
-            yield daemon.address
+            try:
+                yield daemon.address
+            except KVStoreError:
+                self._progress(f"the daemon's log ends:\n{daemon.log_tail()}")
+                raise
 
 
 def environment(scale: Scale) -> dict[str, Any]:

@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from kvstore_client import STORED, Client, Keys
-
 from kvstore.bench import worker
 from kvstore.bench.figures import Result, Value, transfer_result
 from kvstore.bench.memory import WorkingSet
 from kvstore.bench.scale import Scale
+from kvstore_client import STORED, Client, Keys
 
 BIG_BLOCK = 2 << 20
 SMALL_BLOCK = 256 << 10

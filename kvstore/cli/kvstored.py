@@ -42,8 +42,11 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 def main(context: click.Context, /, config_file: str | None, **flags: str | None) -> None:
     """Keep KV-cache blocks of inference workers in GPU memory, shared memory and on disk.
 
-    Prints one line with its address when it is ready, and its log on stderr. Every setting can stand in the
-    configuration file too, and some only there: see the documentation.
+    Prints one line with its address when it is ready, and its log on stderr. SIGTERM drains it.
+
+    Every flag can stand in the configuration file as well (warm_bytes = "8GiB"). Only there: drain_grace_s,
+    reader_threads, codec, staging_max_bytes, staging_total_bytes, max_sessions, and tables [tenants.NAME] with uids,
+    gids, warm_bytes, cold_bytes.
     """
     try:
         config = load(flags, config_file)

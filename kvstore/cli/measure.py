@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import click
 
-from kvstore.bench.calls import NeighbourFailed
-from kvstore.bench.daemon import DaemonFailed
 from kvstore.bench.figures import SUITES, TARGETS
 from kvstore.bench.runner import Bench
 from kvstore.bench.scale import FULL, QUICK, Scale
-from kvstore.bench.transfers import IncompleteTransfer
-from kvstore.bench.worker import NotSettled
 from kvstore.cli import render
 from kvstore.cli.options import EXIT_FAILED, Options
 from kvstore.cli.session import connected
 from kvstore.protocol.errors import InvalidRequest
 from kvstore.sizes import format_size, parse_size
-
-_COULD_NOT = (
-    DaemonFailed,
-    NeighbourFailed,
-    IncompleteTransfer,
-    NotSettled,
-    ArithmeticError,
-    subprocess.SubprocessError,
-)
 
 
 def bench(
@@ -43,16 +29,12 @@ def bench(
         run = Bench(suites, scale, _progress, None if spawn else _live_address(options))
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
-    try:
-        report = run.run()
-    except _COULD_NOT as error:
-        click.echo(f"kvctl: {error}", err=True)
-        return EXIT_FAILED
+    report = run.run()
     if options.json:
         render.print_json(report)
     else:
         _show(report)
-    return 0
+    return EXIT_FAILED if run.failures else 0
 
 
 def _scale(quick: bool, warm_bytes: str | None) -> Scale:
@@ -95,6 +77,8 @@ def _show(report: dict[str, Any]) -> None:
     memcpy = "" if report["memcpy_gb_s"] is None else f"memcpy {report['memcpy_gb_s']} GB/s, one thread; "
     title = f"{memcpy}{place['cores']} cores of {place['cpu']}"
     render.console().print(render.table(("name", "figure", "value", "must", "goal", "", "detail"), rows, title=title))
+    for name, reason in report["failures"].items():
+        click.echo(f"{name} could not be measured: {reason}")
     if not place["full_scale"]:
         click.echo("A quick run: its figures are not for comparison.")
 

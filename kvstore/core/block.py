@@ -36,6 +36,7 @@ class Block:
         "checksum",
         "copies",
         "depth",
+        "epoch",
         "first_child",
         "hits",
         "key",
@@ -54,6 +55,7 @@ class Block:
     def __init__(self, namespace: Namespace, key: bytes, parent: Block | None) -> None:
         self.namespace = namespace
         self.key = key
+        self.epoch = namespace.epoch  # a clear does not change it: saved bytes must never be taken for newer ones
         self.checksum = b""
         self.copies = 0  # HOT | WARM | COLD
         self.slot: Slot | None = None  # FILLING while it loads, READY while WARM
@@ -91,6 +93,14 @@ class Block:
         if self.next_sibling is not None:
             self.next_sibling.prev_sibling = self.prev_sibling
         self.parent = self.next_sibling = self.prev_sibling = None
+
+    @property
+    def top(self) -> Block:
+        """The farthest ancestor that has a record, itself if it has no parent."""
+        block = self
+        while block.parent is not None:
+            block = block.parent
+        return block
 
     def children(self) -> Iterator[Block]:
         """The direct children, newest first."""

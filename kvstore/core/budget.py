@@ -23,6 +23,15 @@ class Budget:
             over = max(over, self.by_tenant.get(tenant, 0) + nbytes - limit)
         return max(0, over)
 
+    def fits(self, tenant: str, nbytes: int) -> bool:
+        """Whether `tenant` could add `nbytes` if everything else left."""
+        return nbytes <= min(self.capacity_bytes, self.tenant_limits.get(tenant, self.capacity_bytes))
+
+    def over_own_limit(self, tenant: str, nbytes: int) -> bool:
+        """Whether adding `nbytes` is for `tenant` to make room for, whatever the others hold."""
+        limit = self.tenant_limits.get(tenant)
+        return limit is not None and self.by_tenant.get(tenant, 0) + nbytes > limit
+
     def add(self, tenant: str, nbytes: int) -> None:
         """Count bytes that were added."""
         self.used_bytes += nbytes

@@ -60,7 +60,7 @@ class BlockCache:
         limits = config.limits
         self.allocator = SlabAllocator(limits.warm_bytes, slab_target_bytes(limits.warm_bytes))
         self.slots = SlotTable(self.allocator, set_generation)
-        self.index = Index(self._orphaned)
+        self.index = Index(self._orphaned, self._childless)
         self.residency = Residency(self.index, self.slots, self.allocator, limits)
         self.puts = Puts(self.index, self.residency)
         self.reads = Reads(self.index, self.residency, config.lease_ttl_s, config.promote_hits)
@@ -120,6 +120,7 @@ class BlockCache:
         block = self.index.recover(namespace, record.key, record.parent)
         if not block.copies & COLD:
             block.checksum = record.checksum
+            self.residency.stamp(block)
             self.residency.gain_below(block, COLD, record.stored_bytes)
 
     def recovered(self, namespace: Namespace) -> None:
@@ -170,3 +171,6 @@ class BlockCache:
 
     def _orphaned(self, block: Block) -> None:
         self.residency.first_out(block)
+
+    def _childless(self, block: Block) -> None:
+        self.residency.offer(block)

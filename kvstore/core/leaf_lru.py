@@ -46,8 +46,7 @@ class LeafLru:
         if block.copies & self._tier and not block.queued & self._tier:
             block.queued |= self._tier
             heapq.heappush(self._heap, (block.touched, next(self._entry), block))
-            if len(self._heap) > 2 * self._live + _SLACK_ENTRIES:
-                self._compact()
+            self._compact()
 
     def victim(self, allowed: Callable[[Block], bool]) -> Block | None:
         """The least recently used leaf that may leave."""
@@ -70,6 +69,7 @@ class LeafLru:
         if parent is not None:
             parent.touched = max(parent.touched, block.touched)
             self.offer(parent)
+        self._compact()
 
     def oldest_stamp(self) -> int | None:
         """A lower bound of the stamp of the next victim, to compare orders that share a clock."""
@@ -77,6 +77,8 @@ class LeafLru:
 
     def _compact(self) -> None:
         """Drop entries of blocks that were deleted or cleared: without pressure they would pile up."""
+        if len(self._heap) <= 2 * self._live + _SLACK_ENTRIES:
+            return
         kept = {
             id(block): (block.touched, next(self._entry), block)
             for _, _, block in self._heap

@@ -52,7 +52,7 @@ class LeaseTable:
     _leases: dict[int, Lease] = field(default_factory=dict)
     _by_session: dict[int, dict[int, Lease]] = field(default_factory=dict)
     _tokens: dict[bytes, Lease] = field(default_factory=dict)
-    _seen: dict[int, float] = field(default_factory=dict)  # last sign of life of a session
+    _seen: dict[int, float] = field(default_factory=dict)  # last sign of life of a session that has leases
     _last_id: int = 0
 
     def __len__(self) -> int:
@@ -86,16 +86,19 @@ class LeaseTable:
 
     def renew(self, session_id: int, now_s: float) -> int:
         """A sign of life renews all leases of a session; returns how many. O(1): it comes with every call."""
+        mine = self._by_session.get(session_id)
+        if not mine:
+            return 0
         self._seen[session_id] = now_s
-        return len(self._by_session.get(session_id, ()))
+        return len(mine)
 
     def release(self, lease: Lease, upto: int = 0) -> None:
-        """Give back blocks [0, upto) of every part, or all of it (upto 0)."""
+        """Give back blocks [0, upto), counted as the caller asked for them, of every part; upto 0: the whole lease."""
         if upto == 0:
             self._end(lease)
             return
         for part in lease.parts:
-            stop = min(upto, len(part.slots))
+            stop = min(upto - part.first_block, len(part.slots))
             if stop > part.released:
                 self.unpin(part, part.released, stop)
                 part.released = stop
@@ -121,7 +124,7 @@ class LeaseTable:
             raise PermissionDenied("the lease offered under this token belongs to another tenant")
         del self._tokens[token]
         lease.handoff = b""
-        self._by_session[lease.session_id].pop(lease.lease_id)
+        self._leave(lease)
         lease.session_id = session_id
         lease.expires_s = now_s + self.ttl_s
         self._by_session.setdefault(session_id, {})[lease.lease_id] = lease
@@ -130,7 +133,7 @@ class LeaseTable:
     def expire(self, now_s: float) -> list[Lease]:
         """End every lease whose time has run out."""
         for lease in self._leases.values():
-            lease.expires_s = max(lease.expires_s, self._seen.get(lease.session_id, 0.0) + self.ttl_s)
+            self._count_renewals(lease)
         expired = [lease for lease in self._leases.values() if lease.expires_s <= now_s]
         for lease in expired:
             self._end(lease)
@@ -138,9 +141,12 @@ class LeaseTable:
 
     def end_session(self, session_id: int) -> list[Lease]:
         """End a session's leases, but those it has handed off and nobody has adopted yet."""
-        ended = [lease for lease in self.of_session(session_id) if not lease.handoff]
-        for lease in ended:
-            self._end(lease)
+        ended = []
+        for lease in self.of_session(session_id):
+            self._count_renewals(lease)
+            if not lease.handoff:
+                self._end(lease)
+                ended.append(lease)
         self._seen.pop(session_id, None)
         return ended
 
@@ -149,12 +155,21 @@ class LeaseTable:
 
     def _end(self, lease: Lease) -> None:
         del self._leases[lease.lease_id]
-        mine = self._by_session[lease.session_id]
-        del mine[lease.lease_id]
-        if not mine:
-            del self._by_session[lease.session_id]
+        self._leave(lease)
         if lease.handoff:
             del self._tokens[lease.handoff]
         for part in lease.parts:
             self.unpin(part, part.released, len(part.slots))
             part.released = len(part.slots)
+
+    def _leave(self, lease: Lease) -> None:
+        mine = self._by_session[lease.session_id]
+        del mine[lease.lease_id]
+        if not mine:
+            del self._by_session[lease.session_id]
+            self._seen.pop(lease.session_id, None)
+
+    def _count_renewals(self, lease: Lease) -> None:
+        seen_s = self._seen.get(lease.session_id)
+        if seen_s is not None:
+            lease.expires_s = max(lease.expires_s, seen_s + self.ttl_s)

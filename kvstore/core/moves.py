@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Container
 from typing import NamedTuple
 
 from kvstore.core.block import COLD, HOT, WARM, Block
 from kvstore.core.reads import Reads
-from kvstore.core.residency import Residency, slot_bytes
+from kvstore.core.residency import ClassKey, Residency, slot_bytes
 from kvstore.core.slots import Slot, SlotState
 
 # A victim that was saved before it must go costs nothing to drop. The design asks for 5 % of warm; a burst of puts
@@ -29,6 +30,7 @@ class Moves:
         self._residency = residency
         self._reads = reads
         self._condemned: deque[dict[bytes, Block]] = deque()
+        self._promoting: set[Block] = set()
 
     def wants_saving(self) -> bool:
         """Whether too little of warm could be dropped for free."""
@@ -40,25 +42,35 @@ class Moves:
         return free + residency.clean_bytes < SAVE_AHEAD * budget.capacity_bytes
 
     def begin_saves(self, count: int, nbytes: int) -> list[Copy]:
-        """Up to `count` blocks of up to `nbytes` together (at least one), pinned until `saved`; oldest first."""
+        """Up to `count` blocks of up to `nbytes` together (at least one), pinned until `saved`; oldest first.
+
+        None while cleared blocks wait to be emptied: their copies must be deleted before newer ones of the same
+        keys are written.
+        """
         batch: list[Copy] = []
-        for block, slot in self._oldest_dirty(count):
-            if batch and nbytes < slot_bytes(block):
-                break
-            # Making room may drop the cold copy of a block that is still warm, which makes that one dirty again.
-            if not self._has_cold_room(block):
-                break
-            nbytes -= slot_bytes(block)
-            block.saving = True
-            slot.pins += 1
-            batch.append(Copy(block, slot))
+        crowded: set[ClassKey] = set()  # no room below, and nothing that may leave: the others must not wait for it
+        while not self._condemned and (found := self._oldest_dirty(count - len(batch), crowded)):
+            for copy in found:
+                block = copy.block
+                if batch and nbytes < slot_bytes(block):
+                    return batch
+                # Making room may drop the cold copy of a block that is still warm, which makes that one dirty again.
+                if not self._reserve(COLD, block):
+                    crowded.add(_class_of(block))
+                    continue
+                nbytes -= slot_bytes(block)
+                block.saving = True
+                copy.slot.pins += 1
+                batch.append(copy)
         return batch
 
-    def _oldest_dirty(self, count: int) -> list[Copy]:
+    def _oldest_dirty(self, count: int, crowded: Container[ClassKey]) -> list[Copy]:
         found: list[Copy] = []
-        for block in self._residency.dirty:
+        for block in self._residency.dirty if count > 0 else ():
             slot = block.slot
-            if slot is not None and slot.state == SlotState.READY and not block.saving:
+            if slot is None or slot.state != SlotState.READY or block.saving:
+                continue
+            if not crowded or _class_of(block) not in crowded:
                 found.append(Copy(block, slot))
                 if len(found) == count:
                     break
@@ -69,14 +81,18 @@ class Moves:
         residency = self._residency
         block = copy.block
         block.saving = False
-        residency.slots.unpin(copy.slot)
+        self._end(COLD, copy)
         if stored_bytes is None:
             residency.counts[COLD].write_failures += 1
-        elif not block.copies:
+            if block in residency.dirty:  # to the end: the others must not wait for it
+                del residency.dirty[block]
+                residency.dirty[block] = None
+        elif block.slot is not copy.slot:  # dropped meanwhile; if it was stored again, then with bytes of its own
             residency.deletes[COLD].append((block.namespace.digest, block.key))
         else:
             residency.counts[COLD].writes += 1
             residency.gain_below(block, COLD, stored_bytes)
+            residency.make_room_below(COLD, block.namespace.tenant, 0)  # it may take more there than its raw bytes
         residency.offer(block)
 
     def begin_promotions(self, count: int) -> list[Copy]:
@@ -84,28 +100,27 @@ class Moves:
         residency = self._residency
         batch: list[Copy] = []
         queue = self._reads.promotions
-        while queue and len(batch) < count:
+        while queue and len(batch) < count and not self._condemned:
             block = next(iter(queue))
             del queue[block]
             slot = block.slot
-            if not residency.up[HOT] or block.copies & HOT or slot is None or slot.state != SlotState.READY:
+            if block.copies & HOT or block in self._promoting or slot is None or slot.state != SlotState.READY:
                 continue
-            if not residency.make_room_below(
-                HOT, block.namespace.tenant, (len(batch) + 1) * block.namespace.block_nbytes
-            ):
-                continue
-            slot.pins += 1
-            batch.append(Copy(block, slot))
+            if residency.up[HOT] and self._reserve(HOT, block):
+                self._promoting.add(block)
+                slot.pins += 1
+                batch.append(Copy(block, slot))
         return batch
 
     def promoted(self, copy: Copy, stored: bool) -> None:
         """The hot tier has answered."""
         residency = self._residency
         block = copy.block
-        residency.slots.unpin(copy.slot)
+        self._promoting.discard(block)
+        self._end(HOT, copy)
         if not stored:
             residency.counts[HOT].write_failures += 1
-        elif not block.copies or not residency.up[HOT]:
+        elif block.slot is not copy.slot or not residency.up[HOT]:
             residency.deletes[HOT].append((block.namespace.digest, block.key))
         else:
             residency.counts[HOT].writes += 1
@@ -137,6 +152,19 @@ class Moves:
                 if block.slot is None:
                     self._residency.index.lost(block)
 
-    def _has_cold_room(self, block: Block) -> bool:
-        nbytes = block.namespace.block_nbytes
-        return self._residency.make_room_below(COLD, block.namespace.tenant, nbytes)
+    def _reserve(self, tier: int, block: Block) -> bool:
+        """Make room for a copy and count it at once, so that a batch cannot take the same room twice."""
+        tenant, nbytes = block.namespace.tenant, block.namespace.block_nbytes
+        if not self._residency.make_room_below(tier, tenant, nbytes):
+            return False
+        self._residency.budgets[tier].add(tenant, nbytes)
+        return True
+
+    def _end(self, tier: int, copy: Copy) -> None:
+        namespace = copy.block.namespace
+        self._residency.slots.unpin(copy.slot)
+        self._residency.budgets[tier].remove(namespace.tenant, namespace.block_nbytes)
+
+
+def _class_of(block: Block) -> ClassKey:
+    return (block.namespace.tenant, block.namespace.slot_bytes)

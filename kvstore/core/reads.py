@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, repeat
 from math import lcm
 from typing import NamedTuple
 
 from kvstore.core.block import COLD, HOT, WARM, Block, Namespace
-from kvstore.core.index import KEY_BYTES, Index, blocks_of, split_keys
+from kvstore.core.index import KEY_BYTES, Index, split_keys
 from kvstore.core.leases import Lease, LeasePart, LeaseTable
 from kvstore.core.residency import Residency
 from kvstore.core.slots import Slot, SlotState
@@ -26,11 +26,15 @@ class MatchResult(NamedTuple):
 
 
 class AcquireGroup(NamedTuple):
-    """Keys of one namespace; `last` asks for the block at the common position only."""
+    """Keys of one namespace; `last` asks for the block at the common position only.
+
+    `hint` are the first keys cut apart, made before the lock was taken (see `Reads.hint`).
+    """
 
     namespace: Namespace
     keys: bytes
     last: bool = False
+    hint: Sequence[bytes] = ()
 
 
 class Readiness(NamedTuple):
@@ -57,23 +61,39 @@ class Reads:
         self.match_lookups = 0
         self.match_hit_blocks = 0
 
+    def peek(self, namespace: Namespace, keys: bytes) -> MatchResult:
+        """As match, but changes nothing: safe beside one thread that changes the core, and then only a hint.
+
+        It reads single entries and attributes; what it saw may be gone a moment later, as with any match.
+        """
+        found = self.stored_prefix(namespace, keys)
+        return self._by_tier(namespace, keys, found)
+
+    def hint(self, namespace: Namespace, keys: bytes) -> list[bytes]:
+        """The keys that an acquire will most likely look up, cut apart; as safe as peek.
+
+        Cutting 8,192 keys takes 0.5 ms, which nobody else should wait for.
+        """
+        return split_keys(keys[: self.stored_prefix(namespace, keys) * KEY_BYTES])
+
     def match(self, namespace: Namespace, keys: bytes) -> MatchResult:
         """Longest stored prefix of packed keys; pins nothing, touches its leaf."""
         found = self.stored_prefix(namespace, keys)
         self.match_lookups += len(keys) // KEY_BYTES
         self.match_hit_blocks += found
-        hot = warm = 0
         if found:
-            blocks = namespace.blocks
-            self._residency.touch(blocks[keys[(found - 1) * KEY_BYTES : found * KEY_BYTES]])
-            counts = self._residency.counts
-            # Walking every block is only worth its time where the tiers can differ.
-            if counts[HOT].blocks or counts[COLD].blocks:
-                copies = [blocks[keys[i : i + KEY_BYTES]].copies for i in range(0, found * KEY_BYTES, KEY_BYTES)]
-                hot = sum(1 for c in copies if c & HOT)
-                warm = sum(1 for c in copies if c & WARM and not c & HOT)
-            else:
-                warm = found
+            self._residency.touch(namespace.blocks[keys[(found - 1) * KEY_BYTES : found * KEY_BYTES]])
+        return self._by_tier(namespace, keys, found)
+
+    def _by_tier(self, namespace: Namespace, keys: bytes, found: int) -> MatchResult:
+        counts = self._residency.counts
+        hot, warm = 0, found
+        # Walking every block is only worth its time where the tiers can differ.
+        if found and (counts[HOT].blocks or counts[COLD].blocks):
+            held = (namespace.blocks.get(keys[i : i + KEY_BYTES]) for i in range(0, found * KEY_BYTES, KEY_BYTES))
+            copies = [0 if block is None else block.copies for block in held]
+            hot = sum(1 for c in copies if c & HOT)
+            warm = sum(1 for c in copies if c & WARM and not c & HOT)
         return MatchResult(found, found * namespace.block_tokens, hot, warm, found - hot - warm)
 
     def stored_prefix(self, namespace: Namespace, keys: bytes) -> int:
@@ -83,7 +103,8 @@ class Reads:
         if up[COLD] or not self._residency.counts[COLD].blocks:
             return found
         for i in range(found):  # an agent is down: its blocks are misses
-            if not self._residency.available(namespace.blocks[keys[i * KEY_BYTES : (i + 1) * KEY_BYTES]]):
+            block = namespace.blocks.get(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES])
+            if block is None or not self._residency.available(block):
                 return i
         return found
 
@@ -103,7 +124,8 @@ class Reads:
         tokens = self._position(groups, unit, None)
         while tokens:
             parts = [self._part(group, tokens) for group in groups]
-            served = min(self._pin(part, group, tokens) for part, group in zip(parts, groups, strict=True))
+            pinned = [self._pin(part) for part in parts]  # all of them before room is made for one
+            served = min(map(self._complete, parts, pinned, groups, repeat(tokens)))
             if served == tokens:
                 break
             if len(groups) == 1 and not groups[0].last and served:
@@ -127,7 +149,7 @@ class Reads:
         before = len(self.loads)
         group = AcquireGroup(namespace, keys)
         part = self._part(group, found * namespace.block_tokens)
-        self._pin(part, group, found * namespace.block_tokens)
+        self._complete(part, self._pin(part), group, found * namespace.block_tokens)
         if part.blocks:
             self._residency.touch(part.blocks[-1])
         self._unpin(part, 0, len(part.slots))
@@ -137,16 +159,17 @@ class Reads:
         """How much of [0, stop) of every part is readable."""
         ready, lost, pending = 1 << 62, 0, None
         for part in lease.parts:
-            limit = min(stop, len(part.slots))
+            first = part.first_block
+            limit = min(stop - first, len(part.slots))
             found = limit
             for i in range(part.released, limit):
                 state = part.slots[i].state
                 if state == SlotState.FILLING:
                     found, pending = min(found, i), part.slots[i]
                 elif state == SlotState.FREE:
-                    found, lost = min(found, i), min(lost or i + 1, i + 1)
+                    found, lost = min(found, i), min(lost or first + i + 1, first + i + 1)
                     break
-            ready = min(ready, found if part.first_block == 0 or found < limit else stop)
+            ready = min(ready, first + found if first == 0 or found < limit else stop)
         return Readiness(ready, lost, pending)
 
     def source(self, block: Block) -> int:
@@ -176,6 +199,7 @@ class Reads:
         slot, block.slot = block.slot, None
         assert slot is not None
         self._residency.abandon(slot)
+        self._residency.offer(block)
         self._index.lost(block)
 
     # -- internals --------------------------------------------------------------------------------------------
@@ -183,7 +207,7 @@ class Reads:
     def _position(self, groups: Sequence[AcquireGroup], unit: int, below: int | None) -> int:
         """The longest common position in tokens, below `below` where given."""
         limit = (1 << 62) if below is None else below
-        for namespace, keys, last in groups:
+        for namespace, keys, last, _ in groups:
             blocks = len(keys) // KEY_BYTES if last else self.stored_prefix(namespace, keys)
             limit = min(limit, blocks * namespace.block_tokens)
         tokens = limit - limit % unit
@@ -198,73 +222,80 @@ class Reads:
         return block is not None and self._residency.available(block)
 
     def _part(self, group: AcquireGroup, tokens: int) -> LeasePart:
-        stop = tokens // group.namespace.block_tokens
-        first = stop - 1 if group.last else 0
-        keys = split_keys(group.keys[first * KEY_BYTES : stop * KEY_BYTES])
-        return LeasePart(group.namespace, first, blocks_of(group.namespace, keys), [])
+        namespace, stop = group.namespace, tokens // group.namespace.block_tokens
+        keys = group.keys[: stop * KEY_BYTES]
+        if group.last:
+            return LeasePart(namespace, stop - 1, [namespace.blocks[keys[-KEY_BYTES:]]], [])
+        return LeasePart(namespace, 0, self._index.prefix_blocks(namespace, keys), [])
 
-    def _pin(self, part: LeasePart, group: AcquireGroup, tokens: int) -> int:
-        """Pin a part's slots, reserving those it lacks; returns the tokens it can serve."""
-        hits = self._promote_hits
-        slots: list[Slot | None] = []
-        warm_hits = 0
-        for block in part.blocks:
-            slot = block.slot
-            if slot is not None:
-                slot.pins += 1
-                warm_hits += 1
-                block.hits += 1
-                if block.hits == hits:
-                    self._promote(block)
-            slots.append(slot)
-        self._residency.counts[WARM].hits += warm_hits
-        if warm_hits < len(slots):
-            self._reserve(part, slots)
+    def _pin(self, part: LeasePart) -> list[Slot | None]:
+        """Pin the slots that a part's blocks have; returns one entry a block."""
+        slots = [block.slot for block in part.blocks]
         part.slots = [slot for slot in slots if slot is not None]
-        if len(part.blocks) == len(part.slots):
-            return tokens
-        del part.blocks[len(part.slots) :]
-        return 0 if group.last else len(part.slots) * part.namespace.block_tokens
+        for slot in part.slots:
+            slot.pins += 1
+        if self._residency.up[HOT]:
+            self._count_hits(part.blocks)
+        self._residency.counts[WARM].hits += len(part.slots)
+        return slots
+
+    def _complete(self, part: LeasePart, slots: list[Slot | None], group: AcquireGroup, tokens: int) -> int:
+        """Reserve the slots that a part lacks; returns the tokens it can serve."""
+        if len(part.slots) < len(slots):
+            self._reserve(part, slots)
+            part.slots = [slot for slot in slots if slot is not None]
+            del part.blocks[len(part.slots) :]
+        if group.last:
+            return tokens if part.slots else 0
+        return len(part.slots) * part.namespace.block_tokens
+
+    def _count_hits(self, blocks: Sequence[Block]) -> None:
+        """Uses count only while there is a faster tier to earn."""
+        for block in blocks:
+            block.hits += 1
+            if block.hits >= self._promote_hits and not block.copies & HOT:
+                self.promotions[block] = None
 
     def _reserve(self, part: LeasePart, slots: list[Slot | None]) -> None:
         """Give every missing slot of a part to a load; what finds no room cuts the part there."""
         missing = [i for i, slot in enumerate(slots) if slot is None]
-        taken = self._residency.take(part.namespace, len(missing), part)
-        for i, slot in zip(missing, taken, strict=False):
-            block = part.blocks[i]
-            block.slot = slots[i] = slot
-            slot.pins += 1
-            block.hits += 1
+        # A key may have been asked for twice, or by another part that has its slot by now.
+        wanted = dict.fromkeys(part.blocks[i] for i in missing if part.blocks[i].slot is None)
+        for block, slot in zip(wanted, self._residency.take(part.namespace, len(wanted), part), strict=False):
+            block.slot = slot
             self.loads.append(block)
-        if len(taken) < len(missing):
-            cut = missing[len(taken)]
-            self._unpin_slots([slot for slot in slots[cut:] if slot is not None])
-            del slots[cut:]
+        for i in missing:
+            found = slots[i] = part.blocks[i].slot
+            if found is None:
+                self._unpin_slots([slot for slot in slots[i:] if slot is not None])
+                for block in part.blocks[i:]:
+                    self._residency.offer(block)
+                del slots[i:]
+                break
+            found.pins += 1
 
-    def _promote(self, block: Block) -> None:
-        if self._residency.up[HOT] and not block.copies & HOT:
-            self.promotions[block] = None
-
-    def _unpin_slots(self, slots: Sequence[Slot]) -> None:
+    def _unpin_slots(self, slots: Sequence[Slot]) -> bool:
+        """Give one pin of each back; returns whether all were READY."""
+        ready, regular = SlotState.READY, True
         for slot in slots:
-            if slot.pins > 1 and slot.state == SlotState.READY:
+            if slot.state is ready:
                 slot.pins -= 1
             else:
+                regular = False
                 self._residency.slots.unpin(slot)
+        return regular
 
     def _unpin(self, part: LeasePart, start: int, stop: int) -> None:
-        self._unpin_slots(part.slots[start:stop])
+        regular = self._unpin_slots(part.slots[start:stop])
         if stop <= start:
             return
-        residency = self._residency
-        blocks = part.blocks[start:stop]
-        residency.offer(blocks[-1])
-        if part.namespace.chain:
-            # Only a leaf can have been waiting for its pin to go; in a chain that is the last block, or one
-            # whose child has left warm.
-            for block, child in pairwise(blocks):
+        offer = self._residency.offer
+        offer(part.blocks[stop - 1])
+        if not part.namespace.chain:
+            for block in part.blocks[start:stop]:
+                offer(block)
+        elif not regular:
+            # Only a leaf can have been waiting for its pin to go: the last block, or one whose child has left warm.
+            for block, child in pairwise(part.blocks[start:stop]):
                 if not child.copies & WARM:
-                    residency.offer(block)
-        else:
-            for block in blocks:
-                residency.offer(block)
+                    offer(block)

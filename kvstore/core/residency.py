@@ -64,7 +64,7 @@ class Residency:
         self.raw_cold_bytes = 0
         self.pressed: dict[ClassKey, None] = {}  # classes that dropped blocks of their own for room
         self._warm_orders: dict[ClassKey, LeafLru] = {}
-        self._orders = {HOT: LeafLru(HOT, self._clock), COLD: LeafLru(COLD, self._clock)}
+        self._below_orders: dict[tuple[int, str], LeafLru] = {}  # HOT and COLD, each by tenant
         # Asked for a slab when a class has no free slot; the engine makes one at once, or says no.
         self.grow: Callable[[str, int], bool] = lambda tenant, slot_size: False
         slots.freed = self._slot_freed
@@ -81,10 +81,13 @@ class Residency:
         copies = block.copies
         if copies & WARM:
             self.warm_order(block.namespace).offer(block)
-        if copies & COLD:
-            self._orders[COLD].offer(block)
-        if copies & HOT:
-            self._orders[HOT].offer(block)
+        for tier in (HOT, COLD):
+            if copies & tier:
+                self.below_order(tier, block.namespace.tenant).offer(block)
+
+    def stamp(self, block: Block) -> None:
+        """Give a block its first stamp, above the orphans' 0."""
+        block.touched = next(self._clock)
 
     def first_out(self, block: Block) -> None:
         """Make `block` the next to leave (orphans)."""
@@ -122,6 +125,8 @@ class Residency:
             if refs or (room > 0 and self.grow(namespace.tenant, namespace.slot_bytes)):
                 continue
             victim = order.victim(self._may_leave_warm)
+            if victim is None and budget.over_own_limit(namespace.tenant, namespace.slot_bytes):
+                victim = self._oldest_of(namespace.tenant)  # what it is over by may lie in other classes
             if victim is None:
                 break
             self.evict_warm(victim)
@@ -141,6 +146,8 @@ class Residency:
         else:
             self.dirty[block] = None
         self.warm_order(block.namespace).insert(block)
+        if block.copies != WARM:  # while it was filled, the copy that it came from had to stay
+            self.offer(block)
 
     def evict_warm(self, block: Block) -> None:
         """Drop a warm copy for room."""
@@ -165,8 +172,11 @@ class Residency:
 
     def oldest_warm(self) -> Block | None:
         """The block whose warm copy would leave next, over all size classes."""
-        victims = [order.victim(self._may_leave_warm) for order in self._warm_orders.values()]
-        return min((block for block in victims if block is not None), key=lambda block: block.touched, default=None)
+        return _oldest(self._warm_orders.values(), self._may_leave_warm)
+
+    def _oldest_of(self, tenant: str) -> Block | None:
+        orders = [order for (owner, _), order in self._warm_orders.items() if owner == tenant]
+        return _oldest(orders, self._may_leave_warm)
 
     def _may_leave_warm(self, block: Block) -> bool:
         slot = block.slot
@@ -184,6 +194,16 @@ class Residency:
 
     # -- hot and cold -----------------------------------------------------------------------------------------
 
+    def below_order(self, tier: int, tenant: str) -> LeafLru:
+        """The order of a tenant's blocks in HOT or COLD.
+
+        One for each tenant, because an order drops what may not leave when it is asked.
+        """
+        order = self._below_orders.get((tier, tenant))
+        if order is None:
+            order = self._below_orders[tier, tenant] = LeafLru(tier, self._clock)
+        return order
+
     def gain_below(self, block: Block, tier: int, stored_bytes: int) -> None:
         """The block has a copy in HOT or COLD that takes `stored_bytes` there."""
         assert not block.copies & tier
@@ -196,9 +216,8 @@ class Residency:
             self.raw_cold_bytes += block.namespace.block_nbytes
         self.budgets[tier].add(block.namespace.tenant, stored_bytes)
         self.counts[tier].blocks += 1
-        self._orders[tier].insert(block)
-        if block.slot is not None:
-            self.warm_order(block.namespace).offer(block)
+        self.below_order(tier, block.namespace.tenant).insert(block)
+        self.offer(block)
 
     def drop_below(self, block: Block, tier: int, delete: bool = True) -> None:
         """A copy in HOT or COLD goes; `delete` says that the medium still has it."""
@@ -215,22 +234,25 @@ class Residency:
         if tier == COLD and block.copies & WARM:
             self.clean_bytes -= slot_bytes(block)
             self.dirty[block] = None
-        self._orders[tier].remove(block)
+        self.below_order(tier, block.namespace.tenant).remove(block)
 
     def make_room_below(self, tier: int, tenant: str, nbytes: int) -> bool:
         """Drop the oldest copies of HOT or COLD until `nbytes` fit; False where they cannot."""
         budget = self.budgets[tier]
+        if not budget.fits(tenant, nbytes):
+            return False  # all would leave for nothing
         while budget.missing(tenant, nbytes):
             # Over the tenant's own limit only its own blocks make room.
-            owner = tenant if budget.used_bytes + nbytes <= budget.capacity_bytes else None
-            block = self._victim_below(tier, owner)
+            block = self._victim_below(tier, tenant if budget.over_own_limit(tenant, nbytes) else None)
             if block is None:
                 return False
             self.evict_below(block, tier)
         return True
 
-    def _victim_below(self, tier: int, owner: str | None) -> Block | None:
-        return self._orders[tier].victim(lambda block: self._may_leave_below(block, tier, owner))
+    def _victim_below(self, tier: int, tenant: str | None) -> Block | None:
+        orders = self._below_orders.items()
+        chosen = [order for (kind, owner), order in orders if kind == tier and tenant in (None, owner)]
+        return _oldest(chosen, lambda block: self._may_leave_below(block, tier))
 
     def evict_below(self, block: Block, tier: int) -> None:
         """Drop a copy in HOT or COLD for room."""
@@ -242,9 +264,7 @@ class Residency:
         """The block whose copy in HOT or COLD would leave next."""
         return self._victim_below(tier, None)
 
-    def _may_leave_below(self, block: Block, tier: int, tenant: str | None) -> bool:
-        if tenant is not None and block.namespace.tenant != tenant:
-            return False
+    def _may_leave_below(self, block: Block, tier: int) -> bool:
         if block.saving or (block.slot is not None and block.slot.state == SlotState.FILLING):
             return False  # an agent reads or writes that very copy
         return block.copies != tier or block.first_child is None
@@ -323,6 +343,11 @@ class Residency:
         else:
             self.dropped_unsaved += 1
             self.forget_all(block.subtree())
+
+
+def _oldest(orders: Iterable[LeafLru], allowed: Callable[[Block], bool]) -> Block | None:
+    victims = [order.victim(allowed) for order in orders]
+    return min((block for block in victims if block is not None), key=lambda block: block.touched, default=None)
 
 
 def slot_bytes(block: Block) -> int:

@@ -55,7 +55,7 @@ class AgentTier(Tier, Scannable):
         return [WriteResult(Outcome(answer.outcome), answer.stored_bytes) for answer in answers]
 
     def read(self, items: Sequence[TierItem]) -> list[Outcome]:
-        """Fill slots with blocks; MISSING for each the agent did not answer for, BUSY for each it was not asked for."""
+        """Fill slots with blocks; MISSING for each that went with its agent, BUSY for each not asked for or refused."""
         return [Outcome(answer.outcome) for answer in self._transfer(AgentMethod.READ, items, Outcome.MISSING)]
 
     def delete(self, refs: Sequence[BlockRef]) -> None:
@@ -129,7 +129,7 @@ class AgentTier(Tier, Scannable):
         self._channel.close()
 
     def _transfer(self, method: AgentMethod, items: Sequence[TierItem], lost: Outcome) -> list[agent_pb2.AgentOutcome]:
-        """One answer an item: the agent's, `lost` where there is none, BUSY where there was no place to ask."""
+        """One answer an item: the agent's, `lost` where it went away, BUSY where it refused or was not asked."""
         frame_bytes = READ_FRAME_BYTES if method is AgentMethod.READ else WRITE_FRAME_BYTES
         frames = list(_split(items, frame_bytes))  # all encoded before the first is sent: from there on nothing raises
         sent: list[Call] = []
@@ -162,6 +162,7 @@ class AgentTier(Tier, Scannable):
             self._end(InternalError(f"unreadable answer to {call.method.name}: {error}"))
         except KVStoreError as error:
             _log.error("%s agent refused %s: %s", self.name, call.method.name, error)
+            return _all(Outcome.BUSY, size)  # which says nothing of the medium
         return _all(lost, size)
 
     def _end(self, error: KVStoreError) -> None:

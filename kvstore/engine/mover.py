@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from kvstore.core.block import COLD, HOT, Block
@@ -52,8 +52,8 @@ class AgentedTier(Tier, Protocol):
 class DurableTier(AgentedTier, Protocol):
     """An agented tier that finds its blocks again after a restart."""
 
-    def scan(self) -> Sequence[StoredRecord]:
-        """Every record."""
+    def scan(self) -> Iterator[StoredRecord]:
+        """Every record. Raises KVStoreError where its agent goes meanwhile."""
 
     def flush(self) -> None:
         """Return once everything written before is durable."""

@@ -96,7 +96,10 @@ class Sessions:
         return given
 
     def close(self, session: Session) -> bool:
-        """End a session; False if it has ended before. A put that still copies keeps the pages until it is done."""
+        """End a session; False if it has ended before. A put that still copies keeps the pages until it is done.
+
+        Under the engine's lock, so that nobody passes on a descriptor that is being closed.
+        """
         with self._lock:
             if session.closed:
                 return False

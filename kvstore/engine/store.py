@@ -7,6 +7,7 @@ makes a populated slab.
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import sys
 import threading
@@ -24,7 +25,7 @@ from kvstore.core.leases import Lease, LeasePart
 from kvstore.core.puts import PutPlan, PutStatus, Reject
 from kvstore.core.reads import AcquireGroup, MatchResult
 from kvstore.core.residency import Limits
-from kvstore.core.slabs import SlotRef
+from kvstore.core.slabs import SlabState, SlotRef
 from kvstore.core.slots import SlotState
 from kvstore.engine.catalogue import Catalogue
 from kvstore.engine.checking import Checker
@@ -34,8 +35,9 @@ from kvstore.engine.recovery import recover, shape_of
 from kvstore.engine.sessions import Peer, Session, Sessions
 from kvstore.engine.slab_keeper import SlabKeeper
 from kvstore.engine.snapshot import Snapshots
-from kvstore.protocol.errors import InvalidRequest, LeaseExpired, Unavailable
+from kvstore.protocol.errors import InvalidRequest, KVStoreError, LeaseExpired, Unavailable
 from kvstore.protocol.namespace import NamespaceSpec
+from kvstore.tiers.base import StoredRecord
 from kvstore.tiers.warm import SlabInfo, WarmPool
 from kvstore.v1 import admin_pb2, kvstore_pb2
 
@@ -44,6 +46,8 @@ _ROOM_WAIT_S = 1.0  # a put's longest wait for a slab that is being made for it
 # LMDB needs pages for its trees and for the copies a transaction replaces: measured overhead 8-10 %.
 _COLD_FILL = 0.85
 _HANDOFF_TOKEN_BYTES = 16
+_SCAN_ATTEMPTS = 3
+_SCAN_RETRY_S = 0.5
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +105,7 @@ class Store:
         cold = self._mover.tier(COLD)
         if cold is not None:
             started = self._clock()
-            records = list(cast(DurableTier, cold).scan())
+            records = self._scan(cast(DurableTier, cold))
             with self._lock:
                 result = recover(self._cache, self._catalogue, records)
             if result.swept:
@@ -113,6 +117,16 @@ class Store:
         self._slabs.start()
         self._mover.start()
         self._ticker.start()
+
+    def _scan(self, cold: DurableTier) -> list[StoredRecord]:
+        """All cold records; an agent that dies meanwhile is replaced, so ask again before giving up on them."""
+        for attempt in range(_SCAN_ATTEMPTS):
+            try:
+                return list(cold.scan())
+            except KVStoreError as error:
+                _log.warning("reading the cold tier's records failed: %s", error)
+                time.sleep(_SCAN_RETRY_S * (attempt + 1))
+        raise Unavailable(f"the cold tier cannot be read ({cold.state}); start with --cold-bytes 0 to do without it")
 
     def tier_up(self, tier: int) -> None:
         """An agent serves."""
@@ -160,10 +174,11 @@ class Store:
 
     def close_session(self, session: Session) -> None:
         """End a session with its leases and its staging; idempotent."""
-        if self._sessions.close(session):
-            with self._lock:
-                self._cache.reads.leases.end_session(session.id)
-            self._mover.kick_saves()
+        with self._lock:
+            if not self._sessions.close(session):
+                return
+            self._cache.reads.leases.end_session(session.id)
+        self._mover.kick_saves()
 
     def touch(self, session: Session) -> None:
         """Any frame of a session renews its leases."""
@@ -172,18 +187,21 @@ class Store:
         self._cache.reads.leases.renew(session.id, now)
 
     def map_slabs(self, session: Session, ids: Sequence[int]) -> list[tuple[SlabInfo, int]]:
-        """Geometry and descriptor of the slabs that live and that the session may see; 0 is its staging."""
+        """Geometry and a descriptor (the caller's to close) of the slabs that live and that the session may see.
+
+        0 is the session's staging. Duplicated under the lock: the number of a descriptor that was closed meanwhile
+        could by then name another tenant's slab.
+        """
         found = []
         with self._lock:
             for slab_id in ids:
-                if slab_id == 0:
-                    staging = session.staging
-                    if staging is not None:
-                        found.append((SlabInfo(0, staging.nbytes, staging.nbytes, 1, 0), staging.fd))
+                staging = session.staging
+                if slab_id == 0 and staging is not None:
+                    found.append((SlabInfo(0, staging.nbytes, staging.nbytes, 1, 0), os.dup(staging.fd)))
                 elif self._owned(slab_id, session.tenant):
                     info = self._pool.info(slab_id)
                     if info is not None:
-                        found.append(info)
+                        found.append((info[0], os.dup(info[1])))
         return found
 
     # -- namespaces -------------------------------------------------------------------------------------------
@@ -229,10 +247,15 @@ class Store:
     # -- reads ------------------------------------------------------------------------------------------------
 
     def match(self, session: Session, namespace: bytes, keys: bytes) -> MatchResult:
-        """Longest stored prefix."""
+        """Longest stored prefix. Waits for nobody: while others hold the lock it answers without noting the use."""
         found = self._namespace(session, namespace)
-        with self._lock:
-            return self._cache.reads.match(found, keys)
+        reads = self._cache.reads
+        if not self._lock.acquire(blocking=False):
+            return reads.peek(found, keys)
+        try:
+            return reads.match(found, keys)
+        finally:
+            self._lock.release()
 
     def exists(self, session: Session, namespace: bytes, keys: bytes) -> bytes:
         """One byte per key."""
@@ -244,10 +267,7 @@ class Store:
         """Pin what is stored, start to load its cold part, and say where everything lies."""
         if not groups:
             raise InvalidRequest("acquire needs at least one group of keys")
-        asked = [
-            AcquireGroup(self._namespace(session, digest), keys, mode == kvstore_pb2.ACQUIRE_MODE_LAST)
-            for digest, keys, mode in groups
-        ]
+        asked = [self._group(session, *group) for group in groups]
         with self._lock:
             lease = self._cache.reads.acquire(session.id, session.tenant, asked, self._clock())
             self._mover.kick_loads()
@@ -403,11 +423,18 @@ class Store:
     def _namespace(self, session: Session, digest: bytes) -> Namespace:
         return self._cache.namespace(digest, session.tenant)
 
+    def _group(self, session: Session, digest: bytes, keys: bytes, mode: int) -> AcquireGroup:
+        namespace = self._namespace(session, digest)
+        last = mode == kvstore_pb2.ACQUIRE_MODE_LAST
+        return AcquireGroup(namespace, keys, last, () if last else self._cache.reads.hint(namespace, keys))
+
     def _owned(self, slab_id: int, tenant: str) -> bool:
+        """Whether the slab may be passed to the tenant; one that retires is closed without the lock."""
         try:
-            return self._cache.allocator.slab(slab_id).tenant == tenant
+            slab = self._cache.allocator.slab(slab_id)
         except KeyError:
             return False
+        return slab.tenant == tenant and slab.state is SlabState.LIVE
 
     def _note_shortage(self, asked: Sequence[AcquireGroup]) -> None:
         """An acquire that was cut because its size class has no slab: get it one for the next time."""

@@ -131,7 +131,7 @@ class AgentSupervisor(Tier, Scannable):
         return results
 
     def read(self, items: Sequence[TierItem]) -> list[Outcome]:
-        """Fill slots with blocks; MISSING for each that did not come. Nothing touches a slot after the return."""
+        """Fill slots with blocks; MISSING also for what went with its agent. No slot is touched after the return."""
         life = self._life
         if life is None:
             return [Outcome.MISSING] * len(items)

@@ -124,6 +124,7 @@ class AttachServer:
             time.sleep(_TICK_S)
         self._waits.close()
         for connection in self._snapshot():
+            connection.wait_sent(max(until_s - time.monotonic(), _TICK_S))
             connection.end("the daemon is shutting down")
         until_s = time.monotonic() + max(grace_s, 1.0)
         while self._snapshot() and time.monotonic() < until_s:

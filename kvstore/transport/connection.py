@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 import time
@@ -109,6 +110,10 @@ class Connection:
             log.debug("socket was gone already")
         if session is not None:
             self._close_session(session, reason)
+
+    def wait_sent(self, timeout_s: float) -> None:
+        """Wait, within bounds, until the replies of calls that are no longer in flight have been sent."""
+        self._writer.wait_idle(timeout_s)
 
     def dispose(self) -> None:
         """Close the socket. Only once `run` has returned."""
@@ -227,6 +232,9 @@ class Connection:
             self._writer.reply_with_descriptors(request.call_id, request.method, response.SerializeToString(), fds)
         except Unavailable as error:
             self.end(str(error))
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     # -- threads of the lane and of the pool
 
@@ -251,27 +259,28 @@ class Connection:
             self._finish(request, response.SerializeToString())
 
     def _finish(self, request: Request, result: bytes | KVStoreError) -> None:
-        # First, or a peer that sends its next call on seeing this reply could still be one above the limit.
-        self._pending.discard(request.call_id)
         if isinstance(result, KVStoreError):
-            self._reply_error(request.call_id, request.method, result)
+            self._reply_error(request.call_id, request.method, result, self._pending)
         else:
-            self._reply(request.call_id, request.method, result)
+            self._reply(request.call_id, request.method, result, settles=self._pending)
 
     # -- any thread
 
-    def _reply(self, call_id: int, method: int, payload: bytes, status: int = 0) -> None:
+    def _reply(
+        self, call_id: int, method: int, payload: bytes, status: int = 0, settles: set[int] | None = None
+    ) -> None:
         if len(payload) > MAX_PAYLOAD_BYTES:
             text = f"reply of {len(payload)} bytes is above the limit of {MAX_PAYLOAD_BYTES}; split the batch"
             payload = text.encode()
             status = InvalidRequest.code
         try:
-            self._writer.reply(call_id, method, payload, status)
+            self._writer.reply(call_id, method, payload, status, settles)
         except Unavailable as error:
             self.end(str(error))
 
-    def _reply_error(self, call_id: int, method: int, error: KVStoreError) -> None:
-        self._reply(call_id, method, str(error)[:_MESSAGE_CHARS_MAX].encode(errors="replace"), error.code)
+    def _reply_error(self, call_id: int, method: int, error: KVStoreError, settles: set[int] | None = None) -> None:
+        text = str(error)[:_MESSAGE_CHARS_MAX]
+        self._reply(call_id, method, text.encode(errors="replace"), error.code, settles)
 
 
 def _refusal(method: int, spec: MethodSpec | None, status: int) -> KVStoreError:

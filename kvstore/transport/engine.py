@@ -137,7 +137,7 @@ class DataEngine(Protocol):
         """Open, or find, the session's tenant's namespace of this specification."""
 
     def map_slabs(self, session: SessionHandle, ids: Sequence[int]) -> Sequence[tuple[SlabView, int]]:
-        """Those of the slabs that still live, each with a descriptor that stays the engine's."""
+        """Those of the slabs that still live, each with a descriptor that is the caller's to close."""
 
     def match(self, session: SessionHandle, namespace: bytes, keys: bytes) -> MatchView:
         """Longest stored prefix of `keys` (n * 32 bytes)."""

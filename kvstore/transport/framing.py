@@ -127,14 +127,21 @@ class ReplyWriter:
         # A time-out in the kernel: Python's own would cost a poll() before every send and recv.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(timeout_s), int(timeout_s % 1 * 1e6)))
 
-    def reply(self, call_id: int, method: int, payload: bytes, status: int = 0) -> None:
+    def reply(
+        self, call_id: int, method: int, payload: bytes, status: int = 0, settles: set[int] | None = None
+    ) -> None:
         """Send one reply.
+
+        The id leaves `settles`, the calls in flight, just before: a peer that sends its next call on seeing the
+        reply is not above its limit, and who finds the set empty needs only `wait_idle` to know that all is sent.
 
         Raises:
             Unavailable: the peer is gone or does not read; the stream is no longer in step.
         """
         data = HEADER.pack(len(payload), call_id, method, status, 0) + payload
         with self._lock:
+            if settles is not None:
+                settles.discard(call_id)
             try:
                 sent = self._sock.send(data)
                 if sent != len(data):
@@ -153,6 +160,11 @@ class ReplyWriter:
                     self._send_rest(memoryview(data)[sent:])
             except OSError as error:
                 raise Unavailable(f"the descriptors could not be sent: {error}") from error
+
+    def wait_idle(self, timeout_s: float) -> None:
+        """Wait, within bounds, until no reply is being sent."""
+        if self._lock.acquire(timeout=timeout_s):
+            self._lock.release()
 
     def close(self) -> None:
         """Close the socket, never under a send: its number could be another socket's by then."""

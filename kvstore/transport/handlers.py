@@ -80,7 +80,7 @@ class Handlers:
         return pb.OpenNamespaceResponse(namespace=state.digest, block_nbytes=state.block_nbytes, epoch=state.epoch)
 
     def map_slabs(self, request: pb.MapSlabsRequest, session: SessionView) -> tuple[pb.MapSlabsResponse, list[int]]:
-        """The reply, and the descriptors that go with it in the order of its slabs."""
+        """The reply, and the descriptors that go with it in the order of its slabs; the caller closes them."""
         checks.check_slab_ids(request.slab_ids)
         found = self._engine.map_slabs(session, list(request.slab_ids))
         infos = [

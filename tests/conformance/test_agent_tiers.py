@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from agent_rig import cold_config, hot_config
 
+from agent_rig import cold_config, hot_config
 from kvstore.engine.supervisor import AgentSupervisor
 from kvstore.tiers.base import SlabMemory
 from kvstore.tiers.conformance import DURABLE_CHECKS, TIER_CHECKS, Check

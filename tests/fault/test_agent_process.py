@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from agent_rig import PATIENCE_S, hot_config
 
+from agent_rig import PATIENCE_S, hot_config
 from kvstore.agents.process import EXIT_DEFECT, EXIT_NOT_STARTED, EXIT_OK, EXIT_USAGE
 from kvstore.protocol.errors import Unavailable
 from kvstore.protocol.frames import HEADER, MAX_PAYLOAD_BYTES, AgentMethod, FrameSocket

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import numpy as np
+
 from kvstore_client import EXISTS, STORED, Client, KVLayout, TensorSpec
 
 BLOCKS = 12

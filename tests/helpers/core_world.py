@@ -152,7 +152,7 @@ class World:
     cold_bytes: int = 0
     hot_bytes: int = 0
     tenant_bytes: dict[int, dict[str, int]] = field(default_factory=dict)
-    slab_bytes: int = 0  # nominal size of a slab; 0: as the daemon would have it
+    slab_bytes: int = 0  # nominal size of a slab; 0: one slab takes the whole pool
     promote_hits: int = 2
     now_s: float = 0.0
     may_grow: bool = True
@@ -166,8 +166,7 @@ class World:
     def __post_init__(self) -> None:
         limits = Limits(self.warm_bytes, self.cold_bytes, self.hot_bytes, self.tenant_bytes)
         self.cache = BlockCache(CacheConfig(limits, TTL_S, self.promote_hits), self.memory.set_generation)
-        if self.slab_bytes:
-            self.cache.allocator.target_bytes = self.slab_bytes
+        self.cache.allocator.target_bytes = self.slab_bytes or self.warm_bytes
         self.cache.residency.grow = self.grow
         self.cache.residency.up[COLD] = self.cold_bytes > 0
         self.cache.residency.up[HOT] = self.hot_bytes > 0
@@ -377,7 +376,7 @@ class World:
                 tier,
                 copy.block.checksum,
                 copy.block.parent.key if copy.block.parent is not None else b"",
-                copy.block.namespace.epoch,
+                copy.block.epoch,
             )
             for copy in batch
         ]

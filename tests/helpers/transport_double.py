@@ -97,7 +97,7 @@ class FakeEngine:
         return SimpleNamespace(digest=spec.digest(session.tenant), block_nbytes=spec.block_nbytes, epoch=1)
 
     def map_slabs(self, session: FakeSession, ids: Sequence[int]) -> list[tuple[Slab, int]]:
-        return [(Slab(0, 4096, 4096, 1, 0), session.staging_fd) for slab_id in ids if slab_id == 0]
+        return [(Slab(0, 4096, 4096, 1, 0), os.dup(session.staging_fd)) for slab_id in ids if slab_id == 0]
 
     def match(self, session: FakeSession, namespace: bytes, keys: bytes) -> Any:
         if self.fail_with is not None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kvstore_client import STORED, Client
 
 from kvstore.bench import worker
 from kvstore.bench.daemon import SpawnedDaemon, spawned
+from kvstore_client import STORED, Client, InvalidRequest
 
 BLOCK_NBYTES = 64 << 10
 BLOCKS = 24
@@ -126,12 +126,14 @@ def test_a_drained_daemon_reads_on_and_stores_nothing() -> None:
         assert (out == blocks).all()
 
 
-def test_a_pool_smaller_than_a_block_refuses_blocks_and_goes_on() -> None:
-    """Regression: a capacity below one block must not hang a put, nor end the daemon."""
-    with spawned(1 << 20, 0) as daemon, Client(daemon.address) as client:
-        space = worker.namespace(client, 2 << 20, "too-big")
-        outcomes = space.put(space.keys(worker.tokens(1)), np.zeros((1, 2 << 20), dtype=np.uint8), timeout_s=30)
-        assert [outcome.is_stored for outcome in outcomes] == [False]
+@pytest.mark.parametrize("warm_bytes", [1 << 20, 2 << 20], ids=["half a block", "a block without its slab's header"])
+def test_a_pool_smaller_than_a_block_says_so_and_goes_on(warm_bytes: int) -> None:
+    with spawned(warm_bytes, 0) as daemon, Client(daemon.address) as client:
+        with pytest.raises(InvalidRequest, match=r"does not fit the warm tier of .* larger --warm-bytes"):
+            worker.namespace(client, 2 << 20, "too-big")
+        small = worker.namespace(client, BLOCK_NBYTES, "fits")
+        blocks = np.full((2, BLOCK_NBYTES), 7, dtype=np.uint8)
+        assert small.put(small.keys(worker.tokens(2)), blocks, timeout_s=30) == [STORED] * 2
         assert answer(daemon, "ping")["health"] == "serving"
 
 
@@ -151,5 +153,6 @@ def test_bench_reports_every_result_with_its_targets() -> None:
     assert results["get_64"]["bytes"] == 16 << 20
     assert results["get_64"]["ratio_memcpy"] > 0
     assert results["put_spill"]["ratio_empty"] > 0
+    assert report["failures"] == {}
     assert report["memcpy_gb_s"] > 0
     assert report["environment"]["full_scale"] is False

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+
 from pickle_audit import PickleAudit
 
 WAIT_S = 60

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from source_tree import ROOT, text_files
 
 DECISIONS = sorted((ROOT / "docs" / "adr").glob("*.md"))

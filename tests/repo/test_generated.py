@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from source_tree import ROOT
 
 COMMITTED = ROOT / "kvstore" / "v1"

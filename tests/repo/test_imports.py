@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+
 from source_tree import ROOT
 
 HEAVY = ("torch", "lmdb", "zstandard", "psutil", "numpy", "numba", "transformers", "matplotlib")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from pickle_audit import PickleAudit
 
 FIND_CLASS = "import pickle, collections; pickle.loads(pickle.dumps(collections.OrderedDict()))"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 
-import kvstore_client
 import pytest
 from google.protobuf.descriptor import ServiceDescriptor
 
+import kvstore_client
 from kvstore.v1 import admin_pb2, kvstore_pb2
 
 EXPORTED = [

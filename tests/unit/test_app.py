@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,16 +54,17 @@ def test_tenants_are_found_by_uid_and_group_and_strangers_are_refused(tmp_path: 
         resolve(70002, 71)
 
 
-@pytest.fixture
-def level() -> Iterator[None]:
-    before = logging.getLogger("kvstore").level
-    yield
-    logging.getLogger("kvstore").setLevel(before)
+def test_root_comes_in_as_the_daemons_own_tenant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    resolve = app.tenant_resolver(load({"state_dir": str(tmp_path), "socket": "/k"}, environ={}))
+    assert resolve(0, 0) == "default"
+    with pytest.raises(PermissionDenied):
+        resolve(4243, 4243)
 
 
-@pytest.mark.usefixtures("level")
-def test_the_log_level_is_set_by_name() -> None:
-    assert app.set_log_level("DEBUG") == "debug"
-    assert logging.getLogger("kvstore.engine").getEffectiveLevel() == logging.DEBUG
-    with pytest.raises(ValueError, match="'loud' is none of debug, info, warning, error"):
-        app.set_log_level("loud")
+def test_a_lock_is_not_followed_to_somebody_elses_file(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(app.StartError, match="cannot be opened"), app._locked(tmp_path / "lock", "x"):
+        pytest.fail("a link was taken for a lock")
+    assert (tmp_path / "precious").read_text() == "kept"

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from kvstore.protocol.errors import KVStoreError
-from kvstore.protocol.frames import PROTOCOL_VERSION, Method
+from kvstore.protocol.frames import PROTOCOL_VERSION
 from kvstore_client.address import ATTACH_SUFFIX
 from kvstore_client.outcomes import RejectReason
 from kvstore_client.testing.grpc_server import GrpcFront
@@ -36,7 +36,7 @@ class FakeDaemon:
         renew_every_s: what new sessions are told.
         staging_bytes_max: what new sessions get at most.
         protocol_version: what it claims to speak.
-        calls: how often each method was called, by the names of kvstore.protocol.frames.Method.
+        calls: how often each method was asked for, by the names of kvstore.protocol.frames.Method.
         store: what it knows.
     """
 
@@ -184,7 +184,3 @@ class FakeDaemon:
         self.running.set()
         if self._grpc is not None:
             self._grpc.stop()
-
-    def called(self, method: Method) -> int:
-        """How often a method was called."""
-        return self.calls[method.name]

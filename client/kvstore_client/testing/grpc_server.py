@@ -59,6 +59,7 @@ class GrpcFront:
 
     def _unary(self, method: Method) -> Any:  # noqa: ANN401
         def call(payload: bytes, context: Any) -> bytes:  # noqa: ANN401 - grpc has no type for it
+            self._daemon.calls[method.name] += 1
             remaining_s = context.time_remaining()
             left_s = _FOREVER_S if remaining_s is None else remaining_s
             reply = self._guarded(context, lambda session: answer(self._daemon, session, method, payload, left_s))

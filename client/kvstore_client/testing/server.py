@@ -94,7 +94,6 @@ def answer(daemon: FakeDaemon, session: FakeSession, method: Method, payload: by
     Raises:
         KVStoreError: the answer is an error.
     """
-    daemon.calls[method.name] += 1
     if daemon.latency_s:
         time.sleep(daemon.latency_s)
     daemon.running.wait()
@@ -137,6 +136,7 @@ class Served:
             self._answer(frame)
 
     def _dispatch(self, frame: Frame) -> None:
+        self._daemon.calls[Method(frame.method).name] += 1
         if frame.method == Method.HELLO:
             self._hello(frame)
         elif frame.method == Method.MAP_SLABS:
@@ -161,7 +161,6 @@ class Served:
 
     def _hello(self, frame: Frame) -> None:
         daemon = self._daemon
-        daemon.calls[Method.HELLO.name] += 1
         daemon.running.wait()
         hello = pb.HelloRequest.FromString(frame.payload)
         if hello.protocol_version != PROTOCOL_VERSION or daemon.protocol_version != PROTOCOL_VERSION:
@@ -180,7 +179,6 @@ class Served:
 
     def _map_slabs(self, frame: Frame) -> None:
         daemon, session = self._daemon, self._session
-        daemon.calls[Method.MAP_SLABS.name] += 1
         daemon.running.wait()
         reply, fds = pb.MapSlabsResponse(), []
         for slab_id in pb.MapSlabsRequest.FromString(frame.payload).slab_ids:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 import time
@@ -13,7 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from kvstore.protocol.convert import from_proto
-from kvstore.protocol.errors import InvalidRequest, NotFound
+from kvstore.protocol.errors import InvalidRequest, LeaseExpired, NotFound
 from kvstore.protocol.keys import KEY_BYTES
 from kvstore.protocol.namespace import CHAIN, NamespaceSpec
 from kvstore.protocol.slab import slot_bytes_for
@@ -219,7 +220,7 @@ class FakeStore:
 
     def release(self, session: FakeSession, request: pb.ReleaseRequest) -> pb.ReleaseResponse:
         """Release."""
-        with self._changed:
+        with self._changed, contextlib.suppress(LeaseExpired):
             lease = self._lease(session, request.lease_id)
             lease.released = max(lease.released, request.upto)
             if not request.upto:
@@ -374,7 +375,7 @@ class FakeStore:
     def _lease(self, session: FakeSession, lease_id: int) -> FakeLease:
         lease = self.leases.get(lease_id)
         if lease is None or lease.session_id != session.session_id:
-            raise NotFound(f"lease {lease_id} does not exist")
+            raise LeaseExpired(f"lease {lease_id} has ended; acquire again")
         return lease
 
     def _grant(self, lease: FakeLease) -> pb.LeaseReply:

@@ -5,12 +5,12 @@ import threading
 import time
 
 import pytest
-from served_agent import PATIENCE_S, SLAB_BYTES, Served
 
 from kvstore.protocol.errors import InternalError, InvalidRequest, NotFound, QuotaExceeded, Unavailable
 from kvstore.protocol.frames import HEADER, MAX_CALLS_IN_FLIGHT, MAX_PAYLOAD_BYTES, AgentMethod
 from kvstore.tiers.base import BlockRef, StoredRecord
 from kvstore.v1 import agent_pb2
+from served_agent import PATIENCE_S, SLAB_BYTES, Served
 
 
 def items(*numbers: int, offset: int = 0, nbytes: int = 10) -> bytes:

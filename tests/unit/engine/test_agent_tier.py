@@ -253,7 +253,7 @@ def refused(agent: FakeAgent, frame: Frame) -> None:
 
 def test_a_refused_call_costs_nothing_but_itself(agent: FakeAgent) -> None:
     agent.script = refused
-    assert agent.tier.read(items(3)) == [Outcome.MISSING] * 3
+    assert agent.tier.read(items(3)) == [Outcome.BUSY] * 3  # no reason to forget what the medium holds
     assert agent.tier.write(items(3)) == [WriteResult(Outcome.BUSY)] * 3
     with pytest.raises(InternalError, match="no"):
         agent.tier.delete([item(1).ref])

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 import pytest
-from transport_double import Setup, error_of, eventually, packed
 
 from kvstore.protocol.errors import (
     InvalidRequest,
@@ -29,6 +28,7 @@ from kvstore.transport import watcher
 from kvstore.transport.config import TransportConfig
 from kvstore.transport.sockets import PathTaken
 from kvstore.v1 import kvstore_pb2 as pb
+from transport_double import Setup, error_of, eventually, packed
 
 Make: TypeAlias = Callable[..., Setup]
 
@@ -150,21 +150,20 @@ def test_a_hello_that_trickles_in_is_closed_all_the_same(make: Make) -> None:
     setup = make(limits={"hello_timeout_s": 0.5})
     peer = setup.connect()
     hello = packed(pb.HelloRequest(protocol_version=1, client_name="slow").SerializeToString())
-    began_s = time.monotonic()
     with pytest.raises(OSError):
         for byte in hello:
             peer.send_raw(bytes([byte]))
             time.sleep(0.1)
         assert peer.ended()
         raise BrokenPipeError
-    assert time.monotonic() - began_s < 10
 
 
 def test_who_said_hello_in_time_may_be_silent_afterwards(make: Make) -> None:
     setup = make(limits={"hello_timeout_s": 0.2})
     peer = setup.attach()
     time.sleep(0.6)
-    peer.call(Method.RENEW)
+    assert peer.call(Method.RENEW)
+    assert not setup.session().closed.is_set()
 
 
 def test_one_session_too_many_is_told_so(make: Make) -> None:
@@ -197,6 +196,7 @@ def test_connections_that_only_wait_do_not_take_the_places_of_sessions(make: Mak
         setup.connect()
     setup.attach()
     setup.attach()
+    assert len(setup.engine.sessions) == 2
 
 
 def test_the_session_ends_when_its_peer_closes(setup: Setup) -> None:
@@ -308,6 +308,7 @@ def test_stop_lets_a_call_in_flight_finish(setup: Setup) -> None:
     setup.engine.set_ready(0)
     peer = setup.attach()
     call_id = peer.send(Method.WAIT, pb.WaitRequest(lease_id=7, stop=1), deadline_ms=300)
+    eventually(lambda: setup.engine.waiting == 1)
     setup.transport.stop(5.0)
     assert peer.recv().call_id == call_id
 

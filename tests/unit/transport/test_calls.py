@@ -9,7 +9,6 @@ from typing import TypeAlias
 
 import pytest
 from google.protobuf.message import Message
-from transport_double import Setup, error_of, eventually, packed
 
 from kvstore.protocol.errors import (
     InternalError,
@@ -21,6 +20,7 @@ from kvstore.protocol.errors import (
 from kvstore.protocol.frames import MAX_CALLS_IN_FLIGHT, Method
 from kvstore.transport.handlers import Handlers, by_frame_method
 from kvstore.v1 import kvstore_pb2 as pb
+from transport_double import Setup, error_of, eventually, packed
 
 Make: TypeAlias = Callable[..., Setup]
 

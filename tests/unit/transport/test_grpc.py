@@ -11,12 +11,12 @@ import pytest
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from transport_double import BOUND_S, Setup, eventually
 
 from kvstore.protocol.frames import MAX_PAYLOAD_BYTES, Method
 from kvstore.transport.admin import AdminHandlers, AdminHooks
 from kvstore.v1 import admin_pb2, admin_pb2_grpc, kvstore_pb2_grpc
 from kvstore.v1 import kvstore_pb2 as pb
+from transport_double import BOUND_S, Setup, eventually
 
 Make: TypeAlias = Callable[..., Setup]
 

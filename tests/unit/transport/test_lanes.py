@@ -6,10 +6,10 @@ import threading
 from functools import partial
 
 import pytest
-from transport_double import BOUND_S, eventually
 
 from kvstore.protocol.errors import Unavailable
 from kvstore.transport.lanes import Lane, WaitPool
+from transport_double import BOUND_S, eventually
 
 
 def test_a_lane_keeps_the_order_and_needs_no_thread_before_its_first_job() -> None:
