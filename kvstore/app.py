@@ -22,6 +22,7 @@ import click
 
 from kvstore.config import Config
 from kvstore.core.block import COLD, HOT, WARM
+from kvstore.core.leaf_lru import LeafLru
 from kvstore.engine.store import Store, StoreConfig
 from kvstore.engine.supervisor import AgentSupervisor
 from kvstore.machine import Machine
@@ -194,6 +195,7 @@ def _store_config(config: Config) -> StoreConfig:
         cold_bytes=config.cold_bytes,
         hot_bytes=config.hot_bytes,
         tenant_bytes=quotas,
+        policy=LeafLru,
         lease_ttl_s=config.lease_ttl_s,
         staging_max_bytes=config.staging_max_bytes,
         staging_total_bytes=config.staging_total_bytes,

@@ -47,6 +47,10 @@ class NamespaceFields(TypedDict, total=False):
     hash_algorithm: str
 
 
+class Anchor:
+    """Whoever holds it keeps the client attached; when nobody does, it detaches."""
+
+
 class Client:
     """A client of the daemon on this machine. Any thread may use it; close() it, or use it as a context manager.
 
@@ -90,7 +94,9 @@ class Client:
             is_fail_open=fail_open,
         )
         self._connection = Connection(options)
-        self._finalizer = weakref.finalize(self, self._connection.close)
+        # Held by everything that the user may still have when the Client itself is gone.
+        self._anchor = Anchor()
+        self._finalizer = weakref.finalize(self._anchor, self._connection.close)
         forks.register(self._connection)
         with contextlib.suppress(*(FAIL_OPEN_ERRORS if fail_open else ())):
             self._connection.run(lambda session, deadline_s: None, ATTACH_TIMEOUT_S)
@@ -114,7 +120,7 @@ class Client:
             spec = NamespaceSpec(**fields)
         except TypeError as error:
             raise InvalidRequest(f"namespace(): {str(error).removeprefix('NamespaceSpec.__init__() ')}") from error
-        namespace = Namespace(self._connection, spec)
+        namespace = Namespace(self._connection, spec, self._anchor)
 
         def open_it(session: Session, deadline_s: float) -> None:
             namespace.open_on(session, deadline_s)

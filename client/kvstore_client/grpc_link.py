@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, ClassVar, Generic
+
+from google.protobuf.message import Message
 
 from kvstore.protocol.errors import DeadlineExceeded, KVStoreError, Unauthenticated, Unavailable, from_code
 from kvstore.protocol.frames import MAX_CALLS_IN_FLIGHT, MAX_PAYLOAD_BYTES
@@ -22,6 +25,7 @@ _OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),  # no back-off shared with other clients of this process
     ("grpc.enable_http_proxy", 0),
 ]
+_UNAWAITED_S = 60.0
 _abandoned: list[object] = []  # channels of a parent process: closing one in a child can hang in gRPC's own threads
 
 
@@ -96,6 +100,7 @@ class GrpcLink:
         self._channel = open_channel(target)
         self._stub = kvstore_pb2_grpc.KVStoreStub(self._channel)
         self._on_trouble = on_trouble
+        self._deferred: deque[tuple[str, Message]] = deque()
         self._unawaited = threading.BoundedSemaphore(MAX_CALLS_IN_FLIGHT)
 
     def call(self, rpc: Rpc[Q, R], request: Q, deadline_s: float) -> R:
@@ -116,18 +121,26 @@ class GrpcLink:
             raise Unavailable(f"this client closed the connection: {error}") from error
         return GrpcCall(future, self._failure)
 
-    def notify(self, rpc: Rpc[Q, Any], request: Q) -> bool:
-        """Send a request and drop its answer; see Link."""
-        if not self._unawaited.acquire(blocking=False):
-            return False
-        try:
-            future = getattr(self._stub, rpc.name).future(request, timeout=60.0, metadata=self._metadata)
-        except ValueError:  # the channel was closed
-            self._unawaited.release()
-            return False
-        future.add_done_callback(lambda _: self._unawaited.release())
-        self.last_sent_s = time.monotonic()
-        return True
+    @property
+    def has_deferred(self) -> bool:
+        """Whether requests wait to be sent; see Link."""
+        return bool(self._deferred)
+
+    def defer(self, rpc: Rpc[Q, Any], request: Q) -> None:
+        """Send a request before the next call; see Link."""
+        self._deferred.append((rpc.name, request))
+
+    def flush(self) -> None:
+        """Send what was deferred; see Link."""
+        while self._deferred and self._unawaited.acquire(blocking=False):
+            try:
+                name, request = self._deferred.popleft()
+                future = getattr(self._stub, name).future(request, timeout=_UNAWAITED_S, metadata=self._metadata)
+            except (IndexError, ValueError):  # another thread was faster; the channel was closed
+                self._unawaited.release()
+                return
+            future.add_done_callback(lambda _: self._unawaited.release())
+            self.last_sent_s = time.monotonic()
 
     def pump(self) -> None:
         """Nothing to do: gRPC's own threads take answers in."""
@@ -141,6 +154,7 @@ class GrpcLink:
         _abandoned.append((self._channel, self._stub))
 
     def _time_left(self, deadline_s: float) -> float:
+        self.flush()
         self.last_sent_s = now = time.monotonic()
         if deadline_s <= now:
             raise DeadlineExceeded("no time was left to ask the daemon")

@@ -16,9 +16,12 @@ from kvstore_client.rpc import RENEW
 if TYPE_CHECKING:
     from kvstore_client.session import Session
 
-_RELEASE_AGAIN_S = 0.005
+FLUSH_EVERY_S = 0.01
+"""How long a release may wait for a call that takes it along."""
+_DOZE_AFTER_S = 0.5  # without a call there is nothing to flush, and waking up costs others the GIL
 _RETIRED_EVERY_RENEWALS = 6
 """A session that is never idle hears of retired slabs by a Renew of its own, every so many periods."""
+_LOOK_AGAIN_S = 0.001  # the connection has ended, and a caller who is reading the last answers will notice
 
 
 class Keeper:
@@ -29,6 +32,7 @@ class Keeper:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._fd_lock = threading.Lock()
         self._renewed_s = time.monotonic()
+        self._dozes = False
         threading.Thread(target=self._run, name="kvstore-client-keeper", daemon=True).start()
 
     def wake(self) -> None:
@@ -36,6 +40,12 @@ class Keeper:
         with self._fd_lock:
             if self._wake_fd >= 0:
                 os.eventfd_write(self._wake_fd, 1)
+
+    def expect_flush(self) -> None:
+        """Something was deferred: make sure that the thread looks within FLUSH_EVERY_S."""
+        if self._dozes:
+            self._dozes = False
+            self.wake()
 
     def abandon(self) -> None:
         """Close the descriptor in a forked child, where the thread does not exist."""
@@ -61,19 +71,30 @@ class Keeper:
         # No POLLIN: answers belong to the callers. A closed connection wakes this thread at once.
         poller.register(fd, select.POLLRDHUP)
         while not session.is_lost:
-            if poller.poll(self._sleep_s() * 1000):
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._wake_fd)
-                session.attach.check_peer()
-            session.flush_releases()
+            for ready, _ in poller.poll(self._sleep_s() * 1000):
+                if ready == fd:
+                    self._check_peer()
+                else:
+                    os.eventfd_read(ready)
+            if session.link.has_deferred:
+                session.link.flush()
             self._renew()
 
+    def _check_peer(self) -> None:
+        self._session.attach.check_peer()
+        if not self._session.is_lost:
+            time.sleep(_LOOK_AGAIN_S)
+
     def _sleep_s(self) -> float:
-        session = self._session
-        if session.has_releases:
-            return _RELEASE_AGAIN_S
-        due_s = session.link.last_sent_s + session.renew_every_s - time.monotonic()
-        return min(max(due_s, 0.001), session.renew_every_s) if session.lease_count else session.renew_every_s
+        session, now = self._session, time.monotonic()
+        silent_s = now - session.link.last_sent_s
+        self._dozes = silent_s > _DOZE_AFTER_S
+        # Asked after _dozes was set: whoever defers something from here on wakes this thread.
+        if not self._dozes or session.link.has_deferred:
+            return FLUSH_EVERY_S
+        if session.lease_count:
+            return min(max(session.renew_every_s - silent_s, 0.001), session.renew_every_s)
+        return session.renew_every_s
 
     def _renew(self) -> None:
         session, now = self._session, time.monotonic()

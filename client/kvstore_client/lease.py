@@ -7,22 +7,20 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from kvstore.protocol.errors import DeadlineExceeded, InvalidRequest, LeaseExpired, NotFound, Unavailable
+from kvstore.protocol.errors import InvalidRequest
 from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.v1 import kvstore_pb2 as pb
 from kvstore_client._lazy import np
+from kvstore_client.claim import Claim
+from kvstore_client.placement import Placement
 from kvstore_client.reading import READ_TIMEOUT_S, LeaseGroup
-from kvstore_client.rpc import HANDOFF, WAIT, Q, R, Rpc, deadline_after
-from kvstore_client.slabs import Slab
+from kvstore_client.rpc import HANDOFF, deadline_after
 from kvstore_client.tensors import Framework
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kvstore_client.session import Session
-
 HANDOFF_TIMEOUT_S = 1.0
-_ASK_AGAIN_S = 0.0005  # before the daemon is asked again that answered a wait too early
 
 
 class Lease:
@@ -32,21 +30,15 @@ class Lease:
 
     Attributes:
         groups: one for each namespace asked for, in order. The methods of the lease itself are those of the first.
-        lease_id: the daemon's number for it; 0: on nothing.
-        released: blocks [0, released) have been given back.
     """
 
-    def __init__(self, session: Session | None, reply: pb.LeaseReply, namespaces: Sequence[NamespaceSpec]) -> None:
+    def __init__(self, claim: Claim, tokens: int, namespaces: Sequence[NamespaceSpec]) -> None:
         """Made by Namespace.acquire(), Namespace.adopt() and Client.acquire()."""
-        self.session = session if reply.lease_id else None
-        self.lease_id = reply.lease_id
-        self.released = 0
-        self.is_fail_open = session is not None and session.is_fail_open
-        self._tokens = reply.tokens
-        self._ended: str | None = None
-        messages: Sequence[pb.LeaseGroup | None] = reply.groups if reply.lease_id else [None] * len(namespaces)
+        self._claim = claim
+        self._tokens = tokens
+        placements = claim.placements or [Placement(pb.LeaseGroup()) for _ in namespaces]
         self.groups = tuple(
-            LeaseGroup(self, namespace, message) for namespace, message in zip(namespaces, messages, strict=True)
+            LeaseGroup(claim, placement, namespace) for placement, namespace in zip(placements, namespaces, strict=True)
         )
         self._promised = self.groups[0].blocks
 
@@ -66,7 +58,7 @@ class Lease:
     @property
     def ready(self) -> int:
         """Leading blocks that are readable now, in every group; reads shared memory, asks nobody."""
-        if self._ended is not None:
+        if self._claim.ended is not None:
             return 0
         if len(self.groups) == 1:
             return self.groups[0].ready
@@ -92,11 +84,11 @@ class Lease:
         if not 0 <= wanted <= self._promised:
             raise InvalidRequest(f"stop is {wanted}; the lease was given for {self._promised} blocks")
         deadline_s = deadline_after(timeout_s)
-        if not self.lease_id:
+        if not self._claim.lease_id:
             return 0
-        self.check_alive()
+        self._claim.check_alive()
         while (ready := self.ready) < min(wanted, self.blocks) and time.monotonic() < deadline_s:
-            self.await_ready(min(wanted, self.blocks), deadline_s)
+            self._claim.await_ready(min(wanted, self.blocks), deadline_s)
         return ready
 
     # --- reading
@@ -179,19 +171,17 @@ class Lease:
         """
         if not 0 <= block <= self._promised:
             raise InvalidRequest(f"release_to({block}): the lease was given for {self._promised} blocks")
-        if not self.lease_id:
+        claim = self._claim
+        if claim.session is None:
             return
-        self.check_alive()
-        if block > self.released and self.session is not None:
-            self.released = block
-            self.session.release(self.lease_id, block)
+        claim.check_alive()
+        if block > claim.released:
+            claim.released = block
+            claim.session.release(claim.lease_id, block)
 
     def release(self) -> None:
         """Give everything back; idempotent, and never waits for the daemon."""
-        session = self.session
-        if self._ended is None and session is not None:
-            self.end("the lease was released")
-            session.release(self.lease_id, 0)
+        self._claim.release()
 
     def handoff(self, timeout_s: float = HANDOFF_TIMEOUT_S) -> bytes:
         """Give the lease away: whoever calls Namespace.adopt() with the token has it, once, within the tenant.
@@ -200,11 +190,12 @@ class Lease:
             LeaseExpired: the lease is over.
             InvalidRequest: it is a lease on nothing.
         """
-        if not self.lease_id:
+        claim = self._claim
+        if not claim.lease_id:
             raise InvalidRequest("a lease of zero blocks cannot be handed off")
-        self.check_alive()
-        token = self._ask(HANDOFF, pb.HandoffRequest(lease_id=self.lease_id), deadline_after(timeout_s)).token
-        self.end("the lease was handed off")
+        claim.check_alive()
+        token = claim.ask(HANDOFF, pb.HandoffRequest(lease_id=claim.lease_id), deadline_after(timeout_s)).token
+        claim.end("the lease was handed off")
         return token
 
     def __enter__(self) -> Lease:
@@ -215,66 +206,9 @@ class Lease:
     ) -> None:
         self.release()
 
-    def __del__(self) -> None:
-        # From the garbage collector, maybe in the middle of a call: only note it, the keeper sends the release.
-        if getattr(self, "_ended", "") is None and self.session is not None:
-            self.session.release_later(self.lease_id)
-
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Lease belongs to its session; use handoff() and adopt() to pass it on")
 
     def __repr__(self) -> str:
-        state = self._ended or f"ready {self.ready}"
-        return f"<Lease {self.lease_id}: {self.blocks} blocks, {self.tokens} tokens, {state}>"
-
-    # --- for the session and the groups
-
-    def check_alive(self) -> None:
-        """Raise LeaseExpired if the lease is over."""
-        if self._ended is not None:
-            raise LeaseExpired(self._ended)
-
-    def end(self, reason: str) -> None:
-        """The lease is over: let go of the slabs. Says nothing to the daemon."""
-        if self._ended is None:
-            self._ended = reason
-            for group in self.groups:
-                group.placement.drop()
-            if self.session is not None:
-                self.session.forget(self.lease_id)
-
-    def populate(self, slab: Slab) -> None:
-        """A slab is read for the first time."""
-        if self.session is not None:
-            self.session.slabs.populate(slab)
-
-    def await_ready(self, stop: int, deadline_s: float) -> None:
-        """Ask the daemon once to say when blocks [0, stop) are readable; cuts the lease if some are lost.
-
-        Raises:
-            LeaseExpired: the lease is over.
-        """
-        self.check_alive()
-        try:
-            reply = self._ask(WAIT, pb.WaitRequest(lease_id=self.lease_id, stop=stop), deadline_s)
-        except DeadlineExceeded:
-            return
-        if reply.lost:
-            for group in self.groups:
-                group.cut(reply.lost - 1)
-        elif reply.ready < stop:
-            time.sleep(_ASK_AGAIN_S)
-        elif any(group.ready < min(stop, group.blocks) for group in self.groups):
-            self.end("the daemon took the blocks back: the lease had expired")
-            self.check_alive()
-
-    def _ask(self, rpc: Rpc[Q, R], request: Q, deadline_s: float) -> R:
-        """A call about this lease."""
-        assert self.session is not None
-        try:
-            return self.session.link.call(rpc, request, deadline_s)
-        except (NotFound, LeaseExpired, Unavailable) as error:
-            if isinstance(error, Unavailable) and not self.session.is_lost:
-                raise
-            self.end(f"the lease is over: {error}")
-            raise LeaseExpired(str(self._ended)) from error
+        state = self._claim.ended or f"ready {self.ready}"
+        return f"<Lease {self._claim.lease_id}: {self.blocks} blocks, {self.tokens} tokens, {state}>"

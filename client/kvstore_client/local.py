@@ -14,20 +14,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, ClassVar, Generic
+from typing import Any, ClassVar, Generic, NamedTuple
 
-from kvstore.protocol.errors import DeadlineExceeded, InvalidRequest, PermissionDenied, Unavailable, from_code
-from kvstore.protocol.frames import HEADER, MAX_CALLS_IN_FLIGHT, MAX_PAYLOAD_BYTES
+from kvstore.protocol.errors import DeadlineExceeded, InvalidRequest, Unavailable, from_code
+from kvstore.protocol.frames import HEADER, MAX_CALLS_IN_FLIGHT, MAX_PAYLOAD_BYTES, Method
 from kvstore.v1 import kvstore_pb2 as pb
 from kvstore_client.rpc import MAP_SLABS, Q, R, Rpc, server_budget_s
+from kvstore_client.spin import Spin
 from kvstore_client.stream import Answer, AnswerReader, FrameWriter, close_all
 
 _ID_MASK = 0xFFFFFFFF
 _DEADLINE_MS_MAX = 0xFFFFFFFF
-_SPINS = 40
-"""Looks at the socket before sleeping, about 1 us each. On a virtual machine with idle cores a sleep costs the
-interrupt that ends it, 45 of 67 us a round trip; with busy cores the spins are wasted, and are then left out."""
-_CALLS_WITHOUT_SPIN = 32
 
 
 class _Call:
@@ -45,30 +42,20 @@ class _Call:
         self.wake: threading.Lock | None = None  # made, locked, when the caller has to sleep as a follower
 
 
+class _Deferred(NamedTuple):
+    """A request whose answer nobody wants, to be sent with the next call."""
+
+    method: int
+    payload: bytes
+    call_id: int = 0
+
+    def frame(self) -> bytes:
+        """Its bytes."""
+        return HEADER.pack(len(self.payload), self.call_id, self.method, 0, 0) + self.payload
+
+
 _DROPPED = _Call()  # stands for every call whose answer nobody wants
 _TURN = Answer(0, 0, 0, b"")
-
-
-def connect(path: str, timeout_s: float) -> socket.socket:
-    """A connection to an attach socket.
-
-    Raises:
-        Unavailable: nobody listens there, or not in time.
-        PermissionDenied: the socket's mode or group keeps this user out.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.settimeout(max(timeout_s, 0.001))
-        sock.connect(path)
-        sock.settimeout(None)
-    except BaseException as error:
-        sock.close()
-        if isinstance(error, PermissionError):
-            raise PermissionDenied(f"this user may not connect to {path}: {error.strerror}") from error
-        if isinstance(error, OSError):
-            raise Unavailable(f"no daemon answers at {path}: {error.strerror or error}") from error
-        raise
-    return sock
 
 
 class LocalCall(Generic[R]):
@@ -120,7 +107,8 @@ class LocalLink:
         self._turns: deque[_Call] = deque()  # callers that wait until fewer calls are in flight
         self._lost: str | None = None
         self._is_closed = False
-        self._calls_without_spin = 0  # the leader's
+        self._deferred: deque[_Deferred] = deque()
+        self._spin = Spin()  # the leader's
 
     def fileno(self) -> int:
         """The socket's descriptor, for poll."""
@@ -145,37 +133,32 @@ class LocalLink:
     def _begin(self, rpc: Rpc[Q, Any], request: Q, deadline_s: float) -> _Call:
         payload = _packed(rpc, request)
         call = _Call()
-        while not self._register(call):
+        while (deferred := self._register(call)) is None:
             self._await_turn(deadline_s)
-        self.last_sent_s = now = time.monotonic()
-        budget_ms = min(max(int(server_budget_s(deadline_s - now) * 1000), 1), _DEADLINE_MS_MAX)
+        budget_ms = min(max(int(server_budget_s(deadline_s - time.monotonic()) * 1000), 1), _DEADLINE_MS_MAX)
         frame = HEADER.pack(len(payload), call.call_id, rpc.method, 0, budget_ms) + payload
-        try:
-            went = self._writer.send(frame, deadline_s)
-        except Unavailable as error:
-            self._fail(str(error))
-            raise
-        if not went:
+        if not self._send(deferred, frame, deadline_s):
             self._forget(call.call_id)
             raise DeadlineExceeded("the daemon does not take what this client sends")
         return call
 
-    def notify(self, rpc: Rpc[Q, Any], request: Q) -> bool:
-        """Send a request and drop its answer; see Link. Never waits."""
-        payload = _packed(rpc, request)
+    @property
+    def has_deferred(self) -> bool:
+        """Whether requests wait to be sent; see Link."""
+        return bool(self._deferred)
+
+    def defer(self, rpc: Rpc[Q, Any], request: Q) -> None:
+        """Send a request with the next call; see Link. Takes no lock: a finalizer may be the caller."""
+        self._deferred.append(_Deferred(rpc.method, _packed(rpc, request)))
+
+    def flush(self) -> None:
+        """Send what was deferred; see Link."""
+        self.pump()
         with self._lock:
-            if self._lost is not None or len(self._pending) >= MAX_CALLS_IN_FLIGHT:
-                return False
-            call_id = self._new_id()
-            self._pending[call_id] = _DROPPED
-        went = False
-        with contextlib.suppress(Unavailable):  # the next call will say so
-            went = self._writer.try_send(HEADER.pack(len(payload), call_id, rpc.method, 0, 0) + payload)
-        if went:
-            self.last_sent_s = time.monotonic()
-        else:
-            self._forget(call_id)
-        return went
+            deferred = self._take_deferred()
+        if deferred:
+            with contextlib.suppress(Unavailable):  # the next call will say so
+                self._send(deferred, b"", 0.0)
 
     def pump(self) -> None:
         """Take in answers that have arrived; see Link."""
@@ -218,22 +201,47 @@ class LocalLink:
         return reply, call.fds
 
     def check_peer(self) -> None:
-        """Notice now if the daemon has closed the connection."""
-        if self._lost is None and self._writer.is_peer_gone():
-            self._fail("the daemon closed the connection")
+        """Notice now if the daemon has closed the connection: the end comes after the last answer."""
+        self.pump()
 
     # --- calls in flight
 
-    def _register(self, call: _Call) -> bool:
-        """Give the call its id; False if too many calls are in flight."""
+    def _register(self, call: _Call) -> list[_Deferred] | None:
+        """Give the call its id and return what goes before it; None if too many calls are in flight."""
         with self._lock:
             if self._lost is not None:
                 raise Unavailable(self._lost)
             if len(self._pending) >= MAX_CALLS_IN_FLIGHT:
-                return False
+                return None
             call.call_id = self._new_id()
             self._pending[call.call_id] = call
-        return True
+            return self._take_deferred()
+
+    def _take_deferred(self) -> list[_Deferred]:
+        """Take deferred requests, as many as may be in flight, and give them ids. Holds the lock."""
+        taken: list[_Deferred] = []
+        while self._deferred and len(self._pending) < MAX_CALLS_IN_FLIGHT:
+            request = self._deferred.popleft()._replace(call_id=self._new_id())
+            self._pending[request.call_id] = _DROPPED
+            taken.append(request)
+        return taken
+
+    def _send(self, deferred: list[_Deferred], frame: bytes, deadline_s: float) -> bool:
+        """Send deferred requests and a frame in one piece; False if nothing of it went."""
+        self.last_sent_s = time.monotonic()
+        if deferred:
+            frame = b"".join([request.frame() for request in deferred]) + frame
+        try:
+            went = self._writer.send(frame, deadline_s)
+        except Unavailable as error:
+            self._fail(str(error))
+            raise
+        if not went:
+            with self._lock:
+                for request in reversed(deferred):
+                    self._pending.pop(request.call_id, None)
+                    self._deferred.appendleft(request)
+        return went
 
     def _new_id(self) -> int:
         while True:
@@ -327,30 +335,29 @@ class LocalLink:
     def _read_until(self, call: _Call, deadline_s: float, may_spin: bool) -> None:
         """As leader: read and deal out answers until this call has its own, or the deadline."""
         reader = self._reader
-        spins = _SPINS if may_spin and self._spins_now() else 0
+        spin_until_s = self._spin.begin() if may_spin else 0.0
         try:
             while call.answer is None:
                 answer = reader.pop()
                 if answer is not None:
                     self._deal(answer)
-                elif spins > 0:
-                    spins -= 1
-                    if not reader.fill(0) and not spins:
-                        self._calls_without_spin = _CALLS_WITHOUT_SPIN
-                elif not reader.fill(deadline_s - time.monotonic()) and time.monotonic() >= deadline_s:
+                    continue
+                now = time.monotonic()
+                if now < spin_until_s:
+                    reader.fill(0)
+                elif not reader.fill(deadline_s - now) and time.monotonic() >= deadline_s:
                     return
         except Unavailable as error:
             self._fail(str(error))
-
-    def _spins_now(self) -> bool:
-        if not self._calls_without_spin:
-            return True
-        self._calls_without_spin -= 1
-        return False
+        finally:
+            if spin_until_s:
+                self._spin.end(was_answered=time.monotonic() < spin_until_s)
 
     def _deal(self, answer: Answer) -> None:
         """Give an answer to the one who waits for it."""
-        fds, self._reader.fds = self._reader.fds, []
+        fds: list[int] = []
+        if answer.method == Method.MAP_SLABS:
+            fds, self._reader.fds = self._reader.fds, fds
         with self._lock:
             call = self._pending.pop(answer.call_id, _DROPPED)
             is_late = call.gave_up

@@ -11,6 +11,7 @@ from kvstore.protocol.namespace import CHAIN, NamespaceSpec
 from kvstore.v1 import kvstore_pb2 as pb
 from kvstore_client._lazy import np
 from kvstore_client.buffers import Wanted, block_buffers
+from kvstore_client.claim import Claim
 from kvstore_client.connection import Connection
 from kvstore_client.lease import Lease
 from kvstore_client.outcomes import NO_MATCH, REJECTED, Match, PutOutcome, RejectReason
@@ -39,11 +40,13 @@ class Namespace:
     Attributes:
         spec: what was said of it.
         connection: of its client.
+        anchor: keeps its client attached; leases hold it too.
     """
 
-    def __init__(self, connection: Connection, spec: NamespaceSpec) -> None:
+    def __init__(self, connection: Connection, spec: NamespaceSpec, anchor: object) -> None:
         self.spec = spec
         self.connection = connection
+        self.anchor = anchor
         self._block_nbytes = spec.block_nbytes
         self._opened = (0, b"")  # serial of the session that knows it, its digest there
         self._guess = ("", b"")  # tenant, digest: while no daemon has answered yet
@@ -157,7 +160,7 @@ class Namespace:
             except InvalidRequest:
                 session.release(reply.lease_id, 0)
                 raise
-            return session.lease(reply, specs, deadline_s)
+            return session.lease(reply, specs, self.anchor, deadline_s)
 
         return self.connection.run_or(ask, timeout_s, lambda: nothing([self.spec]), is_repeatable=False)
 
@@ -230,6 +233,7 @@ class Namespace:
 
         def take(session: Session, deadline_s: float) -> tuple[StagedRange | None, NDArray[np.uint8] | None]:
             target = self._target(self.open_on(session, deadline_s))
+            session.check_alive()  # the staging may be mapped already, and then nobody would be asked
             if session.lacks_staging_for(self._block_nbytes):
                 return None, None
             staging = session.staging(self._block_nbytes, deadline_s)
@@ -251,7 +255,9 @@ class Namespace:
         if len(keys) > len(buffers):
             raise InvalidRequest(f"{len(keys)} keys for {len(buffers)} staged buffers")
         staged = buffers.staged
-        if staged is None or staged.is_lost:  # the bytes are still there: copy them into the new session's staging
+        if (
+            staged is None or not staged.is_usable()
+        ):  # the bytes are still there: copy them into the new session's staging
             return self.put(keys, buffers.array[: len(keys)], timeout_s)
         if not len(keys):
             return []
@@ -331,14 +337,14 @@ def acquire_groups(
             for namespace, data, mode in asked
         ]
         reply = session.link.call(ACQUIRE, pb.AcquireRequest(groups=wanted), deadline_s)
-        return session.lease(reply, namespaces, deadline_s)
+        return session.lease(reply, namespaces, groups[0][0].anchor, deadline_s)
 
     return connection.run_or(ask, timeout_s, lambda: nothing(namespaces))
 
 
 def nothing(namespaces: Sequence[NamespaceSpec]) -> Lease:
     """A lease on nothing."""
-    return Lease(None, pb.LeaseReply(), namespaces)
+    return Lease(Claim(None, pb.LeaseReply()), 0, namespaces)
 
 
 def packed(keys: Keys | bytes) -> bytes:

@@ -122,6 +122,7 @@ class PutPipeline:
         self._statuses = bytearray([PutStatus.REJECTED]) * count
         self._reasons = bytearray([RejectReason.UNAVAILABLE]) * count
         self._lacks_parent = False
+        self._unsent_reason = RejectReason.STAGING_BUSY  # of blocks for which there was no room
 
     def run(self, keys: Keys, blocks: BlockBuffers) -> None:
         """Store the blocks.
@@ -131,21 +132,25 @@ class PutPipeline:
         """
         try:
             first = self._send_all(keys, blocks)
-            is_late = time.monotonic() >= self._deadline_s
             while self._flights:
                 self._land(self._deadline_s)
         finally:
             while self._flights:  # after an error: each range comes free with its answer
                 with contextlib.suppress(KVStoreError):
                     self._land(0.0)
-        self._reject_from(first, is_late)
+        reason = RejectReason.NO_PARENT if self._lacks_parent else self._unsent_reason
+        self._reasons[first:] = bytes([reason]) * (self._count - first)
 
     def _send_all(self, keys: Keys, blocks: BlockBuffers) -> int:
-        """Copy and send sub-batches; returns the index of the first block for which there was no room."""
+        """Copy and send sub-batches; returns the index of the first block that was not sent."""
         first, nbytes = 0, FIRST_SUB_BATCH_BYTES
         while first < self._count and not self._lacks_parent:
             count, place = self._find_room(self._count - first, nbytes)
             if place is None:
+                break
+            if time.monotonic() >= self._deadline_s:
+                self._staging.give(place)
+                self._unsent_reason = RejectReason.DEADLINE
                 break
             try:
                 self._copy_in(place, blocks, first, count)
@@ -212,13 +217,6 @@ class PutPipeline:
         self._reasons[first : first + len(reasons)] = reasons
         if self._target.is_chain and PutStatus.REJECTED in statuses:
             self._lacks_parent = True
-
-    def _reject_from(self, first: int, is_late: bool) -> None:
-        """Say why the blocks from `first` on were never sent."""
-        reason = RejectReason.DEADLINE if is_late else RejectReason.STAGING_BUSY
-        if self._lacks_parent:
-            reason = RejectReason.NO_PARENT
-        self._reasons[first:] = bytes([reason]) * (self._count - first)
 
 
 def _checksums(rows: NDArray[np.uint8]) -> bytes:

@@ -88,7 +88,7 @@ class Pending(Protocol[R_co]):
 class Link(Protocol):
     """A transport for the calls of one session. Any thread may use it.
 
-    start() is for several calls at once; notify() for those whose answer nobody needs.
+    start() is for several calls at once; defer() for those whose answer nobody needs.
     """
 
     last_sent_s: float
@@ -113,8 +113,18 @@ class Link(Protocol):
     def start(self, rpc: Rpc[Q, R], request: Q, deadline_s: float) -> Pending[R]:
         """Send a request. Raises as call() does."""
 
-    def notify(self, rpc: Rpc[Q, Any], request: Q) -> bool:
-        """Send a request and drop its answer; False if too many calls are in flight or the link is lost."""
+    @property
+    def has_deferred(self) -> bool:
+        """Whether requests wait for flush()."""
+
+    def defer(self, rpc: Rpc[Q, Any], request: Q) -> None:
+        """Send a request whose answer nobody needs, before the next call or by flush(). Never waits or raises.
+
+        In one piece with the next call it costs nothing; by itself it wakes the daemon, which takes 25 to 90 us.
+        """
+
+    def flush(self) -> None:
+        """Send what was deferred, as far as the limit of calls in flight allows. Never waits or raises."""
 
     def pump(self) -> None:
         """Take in answers that have arrived, without waiting for any."""

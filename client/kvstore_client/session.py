@@ -8,24 +8,25 @@ import logging
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
 from kvstore.protocol import convert
-from kvstore.protocol.errors import DeadlineExceeded, InternalError, ProtocolMismatch, QuotaExceeded
+from kvstore.protocol.errors import DeadlineExceeded, InternalError, ProtocolMismatch, QuotaExceeded, Unavailable
 from kvstore.protocol.frames import PROTOCOL_VERSION
 from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.v1 import kvstore_pb2 as pb
 from kvstore_client.address import Address
+from kvstore_client.claim import Claim
 from kvstore_client.grpc_link import GrpcLink
 from kvstore_client.keeper import Keeper
 from kvstore_client.lease import Lease
-from kvstore_client.local import LocalLink, connect
+from kvstore_client.local import LocalLink
 from kvstore_client.rpc import HELLO, OPEN_NAMESPACE, OPEN_SESSION, RELEASE, Link
 from kvstore_client.slabs import SlabCache
 from kvstore_client.staging import Staging
+from kvstore_client.stream import connect
 
 _log = logging.getLogger(__name__)
 _serials = itertools.count(1)
@@ -73,8 +74,7 @@ class Session:
         self.serial = next(_serials)
         self.is_fail_open = options.is_fail_open
         self.lost_reason: str | None = None
-        self._leases: dict[int, weakref.ref[Lease]] = {}
-        self._to_release: deque[tuple[int, int]] = deque()  # (lease, upto) that could not be sent yet
+        self._claims: dict[int, weakref.ref[Claim]] = {}
         self._staging: Staging | None = None
         self._staging_lock = threading.Lock()
         self._keeper: Keeper | None = None
@@ -136,70 +136,72 @@ class Session:
 
     # --- leases
 
-    def lease(self, reply: pb.LeaseReply, namespaces: Sequence[NamespaceSpec], deadline_s: float) -> Lease:
+    def check_alive(self) -> None:
+        """Raise Unavailable if the daemon has gone, as far as can be told without asking."""
+        self.attach.check_peer()
+        if self.is_lost:
+            raise Unavailable("the daemon closed the connection")
+
+    def lease(
+        self, reply: pb.LeaseReply, namespaces: Sequence[NamespaceSpec], anchor: object, deadline_s: float
+    ) -> Lease:
         """The lease of a reply, its slabs mapped.
+
+        Args:
+            reply: from Acquire or Adopt.
+            namespaces: one for each group of it.
+            anchor: what keeps the client attached.
+            deadline_s: on time.monotonic().
 
         Raises:
             DeadlineExceeded: mapping took too long; the lease has been given back.
             InternalError: the reply makes no sense.
         """
-        lease = Lease(self, reply, namespaces)
-        if not reply.lease_id:
-            return lease
+        claim = Claim(self, reply)
+        if not claim.lease_id:
+            return Lease(claim, 0, namespaces)
+        claim.anchor = anchor
         try:
-            for group in lease.groups:
-                self.slabs.ensure(group.placement.slab_ids(), deadline_s)
-                group.placement.find_slabs(self.slabs, group.namespace.block_nbytes)
+            if len(claim.placements) != len(namespaces):
+                raise InternalError(f"{len(claim.placements)} groups were leased of {len(namespaces)} asked for")
+            for placement, namespace in zip(claim.placements, namespaces, strict=True):
+                slab_ids = placement.slab_ids()
+                self.slabs.ensure(slab_ids, deadline_s)
+                placement.find_slabs(slab_ids, self.slabs, namespace.block_nbytes)
+            self._hold(claim)
+            return Lease(claim, reply.tokens, namespaces)
         except BaseException:
-            lease.release()
+            claim.release()
             raise
-        self._leases[reply.lease_id] = weakref.ref(lease)
+
+    def _hold(self, claim: Claim) -> None:
+        self._claims[claim.lease_id] = weakref.ref(claim)
         if self.lost_reason is not None:
-            lease.end(self.lost_reason)
+            claim.end(self.lost_reason)
         elif self._keeper is None:
             self._start_keeper()
-        return lease
 
     @property
     def lease_count(self) -> int:
         """Leases held."""
-        return len(self._leases)
+        return len(self._claims)
 
     def forget(self, lease_id: int) -> None:
         """A lease has ended."""
-        self._leases.pop(lease_id, None)
+        self._claims.pop(lease_id, None)
 
     def release(self, lease_id: int, upto: int) -> None:
-        """Give blocks [0, upto) of a lease back, or all of it (0), without waiting for the answer."""
-        self._to_release.append((lease_id, upto))
-        self.flush_releases()
+        """Give blocks [0, upto) of a lease back, or all of it (0): with the next call, or within some milliseconds."""
+        self.link.defer(RELEASE, pb.ReleaseRequest(lease_id=lease_id, upto=upto))
+        if self._keeper is None:
+            self._start_keeper()
+        if self._keeper is not None:
+            self._keeper.expect_flush()
 
     def release_later(self, lease_id: int) -> None:
-        """Note that a lease was dropped without release(); safe to call from a finalizer."""
-        self._to_release.append((lease_id, 0))
-        self._leases.pop(lease_id, None)
-
-    @property
-    def has_releases(self) -> bool:
-        """Whether releases wait to be sent."""
-        return bool(self._to_release)
-
-    def flush_releases(self) -> None:
-        """Send releases that are due, as many as the limit of calls in flight allows."""
-        pumped = False
-        while self._to_release and self.lost_reason is None:
-            try:
-                lease_id, upto = self._to_release.popleft()
-            except IndexError:  # another thread was faster
-                return
-            if not self.link.notify(RELEASE, pb.ReleaseRequest(lease_id=lease_id, upto=upto)):
-                self._to_release.appendleft((lease_id, upto))
-                if pumped:
-                    if self._keeper is not None:
-                        self._keeper.wake()  # it tries again
-                    return
-                self.link.pump()
-                pumped = True
+        """A lease was dropped without release(). Safe to call from a finalizer: takes no lock."""
+        self.link.defer(RELEASE, pb.ReleaseRequest(lease_id=lease_id))
+        self._claims.pop(lease_id, None)
 
     # --- staging
 
@@ -254,12 +256,11 @@ class Session:
             keeper.wake()
 
     def _end_all(self, reason: str) -> None:
-        for reference in list(self._leases.values()):
-            lease = reference()
-            if lease is not None:
-                lease.end(reason)
-        self._leases.clear()
-        self._to_release.clear()
+        for reference in list(self._claims.values()):
+            claim = reference()
+            if claim is not None:
+                claim.end(reason)
+        self._claims.clear()
         self.slabs.close()
         self._staging = None
 

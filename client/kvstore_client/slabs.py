@@ -28,11 +28,13 @@ class Slab:
 
     Attributes:
         slab_id: its number.
+        slots: how many.
+        slot_bytes: of each.
         rows: (slots, slot_bytes) bytes, read-only.
         generations: (slots,) u64, read-only; the daemon changes them under our eyes.
     """
 
-    __slots__ = ("generations", "is_populated", "memory", "rows", "slab_id")
+    __slots__ = ("generations", "is_populated", "memory", "rows", "slab_id", "slot_bytes", "slots")
 
     def __init__(self, info: pb.SlabInfo, memory: NDArray[np.uint8]) -> None:
         """Check the segment against what the daemon said of it.
@@ -45,6 +47,8 @@ class Slab:
         if said != (slab_id, cut.slot_bytes, cut.slots, cut.data_offset):
             raise ProtocolMismatch(f"slab {slab_id} is not cut as announced: {cut}, announced {said}")
         self.slab_id = slab_id
+        self.slots = cut.slots
+        self.slot_bytes = cut.slot_bytes
         self.memory = memory
         self.rows = memory[cut.data_offset : cut.data_offset + cut.slots * cut.slot_bytes].reshape(cut.slots, -1)
         self.generations = memory[HEADER_BYTES : HEADER_BYTES + GENERATION_BYTES * cut.slots].view(np.uint64)

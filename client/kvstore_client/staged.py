@@ -34,10 +34,10 @@ class StagedRange:
         """(count, block_nbytes) bytes of it."""
         return self._staging.rows(place, count, self._target.stride, self._target.block_nbytes)
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether the session it belongs to is over."""
-        return self._session.is_lost
+    def is_usable(self) -> bool:
+        """Whether the session it belongs to lives, as far as can be told without asking."""
+        self._session.attach.check_peer()
+        return not self._session.is_lost
 
     def put(self, keys: Keys, deadline_s: float) -> list[PutOutcome]:
         """Store the blocks at its front.

@@ -17,7 +17,7 @@ import threading
 import time
 from typing import NamedTuple
 
-from kvstore.protocol.errors import Unavailable
+from kvstore.protocol.errors import PermissionDenied, Unavailable
 from kvstore.protocol.frames import HEADER, MAX_FDS_PER_MESSAGE, MAX_PAYLOAD_BYTES
 
 _BUFFER_BYTES = 64 << 10
@@ -25,6 +25,28 @@ _ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_FDS_PER_MESSAGE * 4)
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _TIMEVAL = struct.Struct("@ll")
 _REARM_S = 0.001  # an armed time-out this close to the wanted one is left alone: setting it costs 1 us
+
+
+def connect(path: str, timeout_s: float) -> socket.socket:
+    """A connection to an attach socket.
+
+    Raises:
+        Unavailable: nobody listens there, or not in time.
+        PermissionDenied: the socket's mode or group keeps this user out.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(max(timeout_s, 0.001))
+        sock.connect(path)
+        sock.settimeout(None)
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, PermissionError):
+            raise PermissionDenied(f"this user may not connect to {path}: {error.strerror}") from error
+        if isinstance(error, OSError):
+            raise Unavailable(f"no daemon answers at {path}: {error.strerror or error}") from error
+        raise
+    return sock
 
 
 class Answer(NamedTuple):
@@ -41,7 +63,8 @@ class AnswerReader:
 
     Attributes:
         fds: descriptors that arrived and that nobody has taken. The kernel ends a read after the message that
-            carried descriptors, so when a frame is popped they are those of that frame.
+            carried descriptors, so they are those of the next frame popped that can have any: frames without may
+            come before it in the same read.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -176,29 +199,6 @@ class FrameWriter:
             return self._send_slowly(data, 0, deadline_s)
         finally:
             self._lock.release()
-
-    def try_send(self, data: bytes) -> bool:
-        """Send a frame without waiting; False if no byte of it went.
-
-        Raises:
-            Unavailable: the connection is lost.
-        """
-        if not self._lock.acquire(blocking=False):
-            return False
-        try:
-            return self._send_slowly(data, 0, 0.0)
-        finally:
-            self._lock.release()
-
-    def is_peer_gone(self) -> bool:
-        """Whether the daemon has closed the connection, without waiting."""
-        with self._lock:
-            try:
-                return self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-            except BlockingIOError:
-                return False
-            except OSError:
-                return True
 
     def close(self) -> None:
         """Close the socket, once no send is in a system call with its descriptor. Shut it down first."""

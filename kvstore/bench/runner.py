@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from kvstore.bench import footprint, worker
 from kvstore.bench.calls import Calls, NeighbourFailed
-from kvstore.bench.daemon import DaemonFailed, spawned
+from kvstore.bench.daemon import DaemonFailed, SpawnedDaemon, spawned
 from kvstore.bench.figures import Result, chosen
 from kvstore.bench.scale import Scale
 from kvstore.bench.transfers import BIG_BLOCK, SMALL_BLOCK, IncompleteTransfer, Transfers
@@ -61,6 +61,7 @@ class Bench:
         self._progress = progress
         self._address = address
         self._memcpy: list[tuple[int, list[float]]] = []
+        self._own_daemon: SpawnedDaemon | None = None
         self.results: list[Result] = []
         self.failures: dict[str, str] = {}
         own_only = _NEEDS_OWN_DAEMON.intersection(self._wanted)
@@ -96,6 +97,9 @@ class Bench:
         try:
             measure()
         except FAILURES as error:
+            if isinstance(error, KVStoreError) and self._own_daemon is not None:
+                with contextlib.suppress(OSError):  # its folder may be gone already
+                    self._progress(f"the daemon's log ends:\n{self._own_daemon.log_tail()}")
             done = {result.name for result in self.results}
             missing = [name for name in names if name not in done and name not in self.failures]
             self.failures |= dict.fromkeys(missing, f"{type(error).__name__}: {error}")
@@ -104,7 +108,8 @@ class Bench:
     def _spill(self) -> None:
         pool = max(2 * self._scale.working_set_bytes, _SPILL_POOL_MIN)
         with self._daemon(pool) as address, _client(address) as client:
-            self._measure("put_spill", self._transfers(client, BIG_BLOCK).put_spill)
+            transfers = self._transfers(client, BIG_BLOCK)
+            self._attempt(["put_spill"], partial(self._measure, "put_spill", transfers.put_spill))
 
     def _idle(self) -> None:
         with spawned(self._scale.warm_bytes, self._scale.warm_bytes) as daemon:
@@ -167,11 +172,8 @@ class Bench:
             return
         self._progress(f"starting a daemon with {warm_bytes >> 20} MiB of warm memory")
         with spawned(warm_bytes, _COLD_FACTOR * warm_bytes) as daemon:
-            try:
-                yield daemon.address
-            except KVStoreError:
-                self._progress(f"the daemon's log ends:\n{daemon.log_tail()}")
-                raise
+            self._own_daemon = daemon
+            yield daemon.address
 
 
 def environment(scale: Scale) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class Budget:
 
     def add(self, tenant: str, nbytes: int) -> None:
         """Count bytes that were added."""
+        if not nbytes:
+            return
         self.used_bytes += nbytes
         self.by_tenant[tenant] = self.by_tenant.get(tenant, 0) + nbytes
 

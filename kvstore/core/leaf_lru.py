@@ -12,7 +12,7 @@ of anything below it. The order is a heap of leaves with lazy entries, at most o
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 
 from kvstore.core.block import Block
@@ -23,10 +23,8 @@ _SLACK_ENTRIES = 256
 class LeafLru:
     """Leaf-first LRU over the blocks that have a copy in `tier` (HOT, WARM or COLD)."""
 
-    def __init__(self, tier: int, clock: Iterator[int]) -> None:
-        """`clock` gives rising stamps; orders that are to be compared share one."""
+    def __init__(self, tier: int) -> None:
         self._tier = tier
-        self._clock = clock
         self._entry = count()
         self._heap: list[tuple[int, int, Block]] = []
         self._live = 0  # blocks with a copy in this tier
@@ -37,8 +35,7 @@ class LeafLru:
         self.offer(block)
 
     def touch(self, block: Block) -> None:
-        """Make `block` the most recently used."""
-        block.touched = next(self._clock)
+        """Note the block's new stamp: its entry moves when it comes up."""
         self.offer(block)
 
     def offer(self, block: Block) -> None:
@@ -70,10 +67,6 @@ class LeafLru:
             parent.touched = max(parent.touched, block.touched)
             self.offer(parent)
         self._compact()
-
-    def oldest_stamp(self) -> int | None:
-        """A lower bound of the stamp of the next victim, to compare orders that share a clock."""
-        return self._heap[0][0] if self._heap else None
 
     def _compact(self) -> None:
         """Drop entries of blocks that were deleted or cleared: without pressure they would pile up."""

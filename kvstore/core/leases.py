@@ -80,6 +80,11 @@ class LeaseTable:
             raise PermissionDenied(f"lease {lease_id} belongs to another session; use handoff and adopt to pass one on")
         return lease
 
+    def size(self, lease_id: int) -> int:
+        """Blocks of a lease, 0 where it has ended; safe beside one thread that changes the table."""
+        lease = self._leases.get(lease_id)
+        return sum(len(part.slots) for part in lease.parts) if lease is not None else 0
+
     def of_session(self, session_id: int) -> list[Lease]:
         """The leases of a session."""
         return list(self._by_session.get(session_id, {}).values())

@@ -54,7 +54,6 @@ class Moves:
                 block = copy.block
                 if batch and nbytes < slot_bytes(block):
                     return batch
-                # Making room may drop the cold copy of a block that is still warm, which makes that one dirty again.
                 if not self._reserve(COLD, block):
                     crowded.add(_class_of(block))
                     continue
@@ -92,7 +91,7 @@ class Moves:
         else:
             residency.counts[COLD].writes += 1
             residency.gain_below(block, COLD, stored_bytes)
-            residency.make_room_below(COLD, block.namespace.tenant, 0)  # it may take more there than its raw bytes
+            self._trim_cold(block.namespace.tenant)
         residency.offer(block)
 
     def begin_promotions(self, count: int) -> list[Copy]:
@@ -149,16 +148,21 @@ class Moves:
         for block in reversed(blocks):
             if block.copies & tier:
                 self._residency.drop_below(block, tier, delete=False)
-                if block.slot is None:
-                    self._residency.index.lost(block)
+                self._residency.index.lost(block)
 
     def _reserve(self, tier: int, block: Block) -> bool:
         """Make room for a copy and count it at once, so that a batch cannot take the same room twice."""
         tenant, nbytes = block.namespace.tenant, block.namespace.block_nbytes
-        if not self._residency.make_room_below(tier, tenant, nbytes):
+        if not self._residency.make_room_below(tier, tenant, nbytes, spare_warm=tier == COLD):
             return False
         self._residency.budgets[tier].add(tenant, nbytes)
         return True
+
+    def _trim_cold(self, tenant: str) -> None:
+        """What was stored may take more than its raw bytes, for which there was room."""
+        make_room = self._residency.make_room_below
+        if not make_room(COLD, tenant, 0, spare_warm=True):
+            make_room(COLD, tenant, 0)
 
     def _end(self, tier: int, copy: Copy) -> None:
         namespace = copy.block.namespace

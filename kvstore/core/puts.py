@@ -149,12 +149,12 @@ class Puts:
         if not plan.items:
             return
         names = [plan.items[0].parent, *(item.key for item in plan.items if item.status == PutStatus.EXISTS)]
-        found = (self._index.find(plan.namespace, name) for name in names if name)
-        for block in [block for block in found if block is not None][-1:]:
+        found = [block for name in names if name and (block := self._index.find(plan.namespace, name)) is not None]
+        for block in found[-1:] if plan.namespace.chain else found:
             self._residency.touch(block)
-            if block.slot is not None:
-                block.slot.pins += 1
-                plan.held = block.slot
+        if found and found[-1].slot is not None:
+            found[-1].slot.pins += 1
+            plan.held = found[-1].slot
 
     def _let_go(self, plan: PutPlan) -> None:
         if plan.held is not None:

@@ -14,6 +14,7 @@ from kvstore.core.block import COLD, HOT, WARM, Block, Namespace
 from kvstore.core.budget import Budget
 from kvstore.core.index import Index
 from kvstore.core.leaf_lru import LeafLru
+from kvstore.core.policy import EvictionPolicy, PolicyFactory
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.slots import Slot, SlotState, SlotTable
 
@@ -35,12 +36,13 @@ class TierCount:
 
 @dataclass(slots=True)
 class Limits:
-    """Capacities in bytes, and per tenant where configured ({tier: {tenant: bytes}})."""
+    """Capacities in bytes, per tenant where configured ({tier: {tenant: bytes}}), and the order of eviction."""
 
     warm_bytes: int
     cold_bytes: int = 0
     hot_bytes: int = 0
     tenant_bytes: dict[int, dict[str, int]] = field(default_factory=dict)
+    policy: PolicyFactory = LeafLru
 
 
 class Residency:
@@ -63,8 +65,10 @@ class Residency:
         self.dropped_unsaved = 0
         self.raw_cold_bytes = 0
         self.pressed: dict[ClassKey, None] = {}  # classes that dropped blocks of their own for room
-        self._warm_orders: dict[ClassKey, LeafLru] = {}
-        self._below_orders: dict[tuple[int, str], LeafLru] = {}  # HOT and COLD, each by tenant
+        self._policy = limits.policy
+        self._warm_orders: dict[ClassKey, EvictionPolicy] = {}
+        self._below_orders: dict[tuple[int, str], EvictionPolicy] = {}  # HOT and COLD, each by tenant
+        self._spared: dict[Block, None] = {}  # cold copies passed over because their block is in warm too
         # Asked for a slab when a class has no free slot; the engine makes one at once, or says no.
         self.grow: Callable[[str, int], bool] = lambda tenant, slot_size: False
         slots.freed = self._slot_freed
@@ -74,7 +78,12 @@ class Residency:
     def touch(self, block: Block) -> None:
         """Note a use of the prefix that ends with `block`."""
         block.touched = next(self._clock)
-        self.offer(block)
+        copies = block.copies
+        if copies & WARM:
+            self.warm_order(block.namespace).touch(block)
+        for tier in (COLD, HOT):
+            if copies & tier:
+                self.below_order(tier, block.namespace.tenant).touch(block)
 
     def offer(self, block: Block) -> None:
         """`block` may have become free to leave."""
@@ -102,12 +111,12 @@ class Residency:
 
     # -- warm -------------------------------------------------------------------------------------------------
 
-    def warm_order(self, namespace: Namespace) -> LeafLru:
+    def warm_order(self, namespace: Namespace) -> EvictionPolicy:
         """The order of the namespace's size class."""
         key = (namespace.tenant, namespace.slot_bytes)
         order = self._warm_orders.get(key)
         if order is None:
-            order = self._warm_orders[key] = LeafLru(WARM, self._clock)
+            order = self._warm_orders[key] = self._policy(WARM)
         return order
 
     def take(self, namespace: Namespace, wanted: int, owner: object) -> list[Slot]:
@@ -169,6 +178,9 @@ class Residency:
             self.clean_bytes -= slot_bytes(block)
         self.dirty.pop(block, None)
         self.warm_order(block.namespace).remove(block)
+        if block in self._spared:
+            del self._spared[block]
+            self.offer(block)
 
     def oldest_warm(self) -> Block | None:
         """The block whose warm copy would leave next, over all size classes."""
@@ -194,14 +206,14 @@ class Residency:
 
     # -- hot and cold -----------------------------------------------------------------------------------------
 
-    def below_order(self, tier: int, tenant: str) -> LeafLru:
+    def below_order(self, tier: int, tenant: str) -> EvictionPolicy:
         """The order of a tenant's blocks in HOT or COLD.
 
         One for each tenant, because an order drops what may not leave when it is asked.
         """
         order = self._below_orders.get((tier, tenant))
         if order is None:
-            order = self._below_orders[tier, tenant] = LeafLru(tier, self._clock)
+            order = self._below_orders[tier, tenant] = self._policy(tier)
         return order
 
     def gain_below(self, block: Block, tier: int, stored_bytes: int) -> None:
@@ -234,25 +246,43 @@ class Residency:
         if tier == COLD and block.copies & WARM:
             self.clean_bytes -= slot_bytes(block)
             self.dirty[block] = None
+        if tier == COLD:
+            self._spared.pop(block, None)
         self.below_order(tier, block.namespace.tenant).remove(block)
 
-    def make_room_below(self, tier: int, tenant: str, nbytes: int) -> bool:
-        """Drop the oldest copies of HOT or COLD until `nbytes` fit; False where they cannot."""
+    def make_room_below(self, tier: int, tenant: str, nbytes: int, spare_warm: bool = False) -> bool:
+        """Drop the oldest copies of HOT or COLD until `nbytes` fit; False where they cannot.
+
+        `spare_warm` leaves alone what is in warm too: to save one warm block in place of another gains nothing, and
+        a cold tier smaller than the warm one would be written over and over without end.
+        """
         budget = self.budgets[tier]
         if not budget.fits(tenant, nbytes):
             return False  # all would leave for nothing
         while budget.missing(tenant, nbytes):
             # Over the tenant's own limit only its own blocks make room.
-            block = self._victim_below(tier, tenant if budget.over_own_limit(tenant, nbytes) else None)
+            block = self._victim_below(tier, tenant if budget.over_own_limit(tenant, nbytes) else None, spare_warm)
             if block is None:
                 return False
             self.evict_below(block, tier)
         return True
 
-    def _victim_below(self, tier: int, tenant: str | None) -> Block | None:
+    def _victim_below(self, tier: int, tenant: str | None, spare_warm: bool) -> Block | None:
+        if not spare_warm:
+            for block in self._spared:
+                self.offer(block)
+            self._spared.clear()
         orders = self._below_orders.items()
         chosen = [order for (kind, owner), order in orders if kind == tier and tenant in (None, owner)]
-        return _oldest(chosen, lambda block: self._may_leave_below(block, tier))
+        return _oldest(
+            chosen, lambda block: self._may_leave_below(block, tier) and not (spare_warm and self._spare(block))
+        )
+
+    def _spare(self, block: Block) -> bool:
+        if not block.copies & WARM:
+            return False
+        self._spared[block] = None  # the order drops it now; it is offered again when it leaves warm
+        return True
 
     def evict_below(self, block: Block, tier: int) -> None:
         """Drop a copy in HOT or COLD for room."""
@@ -262,7 +292,7 @@ class Residency:
 
     def oldest_below(self, tier: int) -> Block | None:
         """The block whose copy in HOT or COLD would leave next."""
-        return self._victim_below(tier, None)
+        return self._victim_below(tier, None, spare_warm=False)
 
     def _may_leave_below(self, block: Block, tier: int) -> bool:
         if block.saving or (block.slot is not None and block.slot.state == SlotState.FILLING):
@@ -278,8 +308,7 @@ class Residency:
         for tier in (HOT, COLD):
             if block.copies & tier:
                 self.drop_below(block, tier)
-        if block.slot is None:
-            self.index.lost(block)
+        self.index.lost(block)  # an agent that still fills its slot will find a record that nobody else has
 
     def forget_all(self, blocks: Iterable[Block]) -> int:
         """Drop many, children before parents; returns how many had a copy."""
@@ -345,7 +374,7 @@ class Residency:
             self.forget_all(block.subtree())
 
 
-def _oldest(orders: Iterable[LeafLru], allowed: Callable[[Block], bool]) -> Block | None:
+def _oldest(orders: Iterable[EvictionPolicy], allowed: Callable[[Block], bool]) -> Block | None:
     victims = [order.victim(allowed) for order in orders]
     return min((block for block in victims if block is not None), key=lambda block: block.touched, default=None)
 

@@ -178,9 +178,11 @@ class World:
             self.cache.allocator.made(slab.slab_id)
         return slab is not None
 
-    def open(self, name: str = "ns", tenant: str = TENANT, chain: bool = True, nbytes: int = PAGE) -> Namespace:
-        """A namespace of 16-token blocks."""
-        return self.cache.open_namespace(key(("namespace", name)), NamespaceShape(tenant, nbytes, 16, chain))
+    def open(
+        self, name: str = "ns", tenant: str = TENANT, chain: bool = True, nbytes: int = PAGE, block_tokens: int = 16
+    ) -> Namespace:
+        """A namespace."""
+        return self.cache.open_namespace(key(("namespace", name)), NamespaceShape(tenant, nbytes, block_tokens, chain))
 
     # -- puts -------------------------------------------------------------------------------------------------
 
@@ -200,13 +202,13 @@ class World:
 
     def finish(self, plan: PutPlan) -> list[str]:
         """Publish; the outcome of every block in a word."""
-        self.plans.remove(plan)
+        self.plans = [other for other in self.plans if other is not plan]
         self.cache.puts.finish(plan)
         return outcomes(plan)
 
     def cancel(self, plan: PutPlan) -> None:
         """As if it had never begun."""
-        self.plans.remove(plan)
+        self.plans = [other for other in self.plans if other is not plan]
         self.cache.puts.cancel(plan)
 
     def put(self, namespace: Namespace, keys: Sequence[bytes], parent: bytes = b"", variant: int = 0) -> list[str]:

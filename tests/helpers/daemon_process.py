@@ -57,7 +57,7 @@ class DaemonProcess:
     def start(self) -> DaemonProcess:
         """Start it and wait until it says that it is ready."""
         assert self._process is None, "it runs already"
-        lines = [f"{key} = {json.dumps(value)}\n" for key, value in self.settings.items()]
+        lines = [f"{key} = {_toml(value)}\n" for key, value in self.settings.items()]
         (self.folder / "kvstored.toml").write_text("".join(lines))
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -67,7 +67,11 @@ class DaemonProcess:
                 stderr=log,
                 env=self.environment,
             )
-        self._await_ready()
+        try:
+            self._await_ready()
+        except BaseException:
+            self._discard()
+            raise
         return self
 
     def stop(self) -> None:
@@ -199,6 +203,12 @@ class DaemonProcess:
             process.wait()
             assert process.stdout is not None
             process.stdout.close()
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)
 
 
 def has_ended(process: psutil.Process) -> bool:

@@ -7,6 +7,7 @@ method of Worker) and its arguments, an answer either "result" or "error" and "m
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import selectors
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from derived import BLOCK_NBYTES, chain, content, contents, fetch, namespace, wrong
 from kvstore_client import Client, Keys, KVStoreError, Lease, Namespace, StagedBuffers
@@ -40,12 +42,18 @@ class WorkerFailed(AssertionError):
 class WorkerProcess:
     """The test's end."""
 
-    def __init__(self, address: str, **options: Any) -> None:
-        """Start it and wait until it has attached; `options` are those of Client()."""
+    def __init__(self, address: str, uid: int | None = None, **options: Any) -> None:
+        """Start it and wait until it has attached, as another user if told so; `options` are those of Client()."""
         self._process = subprocess.Popen(
-            [sys.executable, __file__, address, json.dumps(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, __file__, address, json.dumps(uid), json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
-        self.take()
+        try:
+            self.take()
+        except BaseException:
+            self.kill()
+            raise
 
     @property
     def pid(self) -> int:
@@ -112,6 +120,7 @@ class Worker:
         self._client = Client(address, **options)
         self._held: list[tuple[Keys, Lease]] = []
         self._staged: StagedBuffers | None = None
+        self._views: list[NDArray[np.uint8]] = []
 
     def put(self, model: str, blocks: int, seed: int = 0, block_nbytes: int = BLOCK_NBYTES) -> list[str]:
         """Store a chain; the outcome of every block."""
@@ -165,6 +174,13 @@ class Worker:
         space = self._space(model, block_nbytes)
         return fetch(space, chain(space, blocks, seed))
 
+    def get_or_error(self, model: str, blocks: int) -> tuple[int, list[int]] | str:
+        """Read a chain, or say in words why not."""
+        try:
+            return self.get(model, blocks)
+        except KVStoreError as error:
+            return f"{type(error).__name__}: {error}"
+
     def get_for_ever(
         self, model: str, blocks: int, seed: int = 0, block_nbytes: int = BLOCK_NBYTES
     ) -> Iterator[tuple[int, list[int]]]:
@@ -188,6 +204,33 @@ class Worker:
         count = lease.read_into(out, timeout_s=_CALL_S)
         return count, wrong(keys, out[:count])
 
+    def read_held_for_ever(self) -> Iterator[tuple[int, list[int]]]:
+        """Read the blocks of the lease that was taken last over and over; tells of the first time, and of a wrong one.
+
+        Only an error ends it.
+        """
+        keys, lease = self._held[-1]
+        expected = contents(keys, lease.groups[0].namespace.block_nbytes)
+        out = np.zeros_like(expected)
+        yield self.read_held()
+        while True:
+            count = lease.read_into(out, timeout_s=_CALL_S)
+            if not np.array_equal(out[:count], expected[:count]):
+                yield count, wrong(keys, out[:count])
+
+    def view_held(self) -> int:
+        """Look at every block of the lease that was taken last, where it lies; how many of them are right."""
+        keys, lease = self._held[-1]
+        self._views = [lease.view(at) for at in range(lease.blocks)]
+        return sum(bool((view == content(key, len(view))).all()) for key, view in zip(keys, self._views, strict=True))
+
+    def check_views(self) -> int:
+        """Prove the views of view_held(); how many of them are right."""
+        keys, lease = self._held[-1]
+        right = sum(bool((view == content(key, len(view))).all()) for key, view in zip(keys, self._views, strict=True))
+        lease.check()
+        return right
+
     def handoff(self) -> str:
         """Give away the lease that was taken last; its token."""
         return self._held[-1][1].handoff().hex()
@@ -207,6 +250,10 @@ class Worker:
         count, self._held = len(self._held), []
         return count
 
+    def clear(self, model: str) -> int:
+        """Forget a namespace; its new epoch."""
+        return self._space(model, BLOCK_NBYTES).clear()
+
     def fork(self, model: str, blocks: int) -> dict[str, str]:
         """Use the client in a forked child, where a fresh one has to work; then use it here."""
         space = self._space(model, BLOCK_NBYTES)
@@ -221,11 +268,11 @@ class Worker:
         assert os.waitpid(child, 0) == (child, 0)
         return {**seen, "parent": json.dumps(fetch(space, chain(space, blocks)))}
 
-    def fork_sleeper(self) -> int:
-        """A forked child that does nothing and holds whatever descriptors it was left with; its pid."""
-        child = os.fork()
+    def fork_holder(self) -> int:
+        """A child that holds this process's very descriptors and does nothing, as a fork() in C leaves it; its pid."""
+        child = int(ctypes.CDLL(None).fork())  # past Python's own hooks
         if not child:
-            time.sleep(PATIENCE_S * 4)
+            time.sleep(4 * PATIENCE_S)
             os._exit(0)
         return child
 
@@ -259,9 +306,26 @@ def _answer(**answer: object) -> None:
     sys.stdout.flush()
 
 
+def _import_all(address: str, options: dict[str, Any]) -> None:
+    """Do a little of everything: what is imported at its first use may not be readable for another user."""
+    content(bytes(32), 64)
+    with Client(address, **options) as client:
+        client.stats()
+
+
 def main() -> None:
     """Attach, say so, and do what the lines on stdin ask for."""
-    worker = Worker(sys.argv[1], json.loads(sys.argv[2]))
+    address, uid, options = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    if uid is not None:
+        _import_all(address, options)
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    try:
+        worker = Worker(address, options)
+    except KVStoreError as error:
+        _answer(error=type(error).__name__, message=str(error))
+        return
     _answer(result=os.getpid())
     for line in sys.stdin:
         request = json.loads(line)

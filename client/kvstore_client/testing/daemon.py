@@ -163,7 +163,9 @@ class FakeDaemon:
                 sock, _ = listener.accept()
             except OSError:  # closed
                 return
-            self._served.append(Served(self, sock))
+            served = Served(self, sock)
+            self._served.append(served)
+            served.start()
 
     @staticmethod
     def _load_due(stopped: threading.Event, store: FakeStore) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
@@ -61,8 +62,8 @@ class GrpcFront:
         def call(payload: bytes, context: Any) -> bytes:  # noqa: ANN401 - grpc has no type for it
             self._daemon.calls[method.name] += 1
             remaining_s = context.time_remaining()
-            left_s = _FOREVER_S if remaining_s is None else remaining_s
-            reply = self._guarded(context, lambda session: answer(self._daemon, session, method, payload, left_s))
+            deadline_s = time.monotonic() + (_FOREVER_S if remaining_s is None else remaining_s)
+            reply = self._guarded(context, lambda session: answer(self._daemon, session, method, payload, deadline_s))
             return reply.SerializeToString()
 
         return grpc.unary_unary_rpc_method_handler(call)

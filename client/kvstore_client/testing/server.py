@@ -57,7 +57,7 @@ HANDLERS: dict[Method, Handler] = {
         pb.AcquireRequest, lambda daemon, session, request, _: daemon.store.acquire(session, request)
     ),
     Method.WAIT: Handler(
-        pb.WaitRequest, lambda daemon, session, request, left_s: daemon.store.wait(session, request, left_s)
+        pb.WaitRequest, lambda daemon, session, request, deadline_s: daemon.store.wait(session, request, deadline_s)
     ),
     Method.RENEW: Handler(pb.RenewRequest, lambda daemon, session, _, __: daemon.store.renew(session)),
     Method.RELEASE: Handler(
@@ -68,8 +68,7 @@ HANDLERS: dict[Method, Handler] = {
     ),
     Method.ADOPT: Handler(pb.AdoptRequest, lambda daemon, session, request, _: daemon.store.adopt(session, request)),
     Method.PUT: Handler(
-        pb.PutRequest,
-        lambda daemon, session, request, left_s: daemon.store.put(session, request, time.monotonic() + left_s),
+        pb.PutRequest, lambda daemon, session, request, deadline_s: daemon.store.put(session, request, deadline_s)
     ),
     Method.PREFETCH: Handler(
         pb.PrefetchRequest, lambda daemon, _, request, __: daemon.store.prefetch(request.namespace, request.keys)
@@ -81,7 +80,7 @@ HANDLERS: dict[Method, Handler] = {
 }
 
 
-def answer(daemon: FakeDaemon, session: FakeSession, method: Method, payload: bytes, left_s: float) -> Message:
+def answer(daemon: FakeDaemon, session: FakeSession, method: Method, payload: bytes, deadline_s: float) -> Message:
     """Answer one call.
 
     Args:
@@ -89,7 +88,7 @@ def answer(daemon: FakeDaemon, session: FakeSession, method: Method, payload: by
         session: of the caller.
         method: of the call.
         payload: its message.
-        left_s: time to its deadline.
+        deadline_s: of the call, on time.monotonic().
 
     Raises:
         KVStoreError: the answer is an error.
@@ -104,7 +103,7 @@ def answer(daemon: FakeDaemon, session: FakeSession, method: Method, payload: by
         raise InvalidRequest(f"not a {handler.request.__name__}") from error
     if daemon.failure is not None:
         raise daemon.failure
-    return handler.answer(daemon, session, request, left_s)
+    return handler.answer(daemon, session, request, deadline_s)
 
 
 class Served:
@@ -114,7 +113,10 @@ class Served:
         self._daemon = daemon
         self._frames = FrameSocket(sock)
         self._session = daemon.store.open_session("")
-        self._puts: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        self._puts: queue.SimpleQueue[tuple[Frame, float] | None] = queue.SimpleQueue()
+
+    def start(self) -> None:
+        """Begin to answer."""
         for target in (self._read, self._put):
             threading.Thread(target=target, name=f"fake-kvstored-{target.__name__}", daemon=True).start()
 
@@ -132,26 +134,28 @@ class Served:
 
     def _put(self) -> None:
         """The puts of one session, in order."""
-        while (frame := self._puts.get()) is not None:
-            self._answer(frame)
+        while (put := self._puts.get()) is not None:
+            self._answer(*put)
 
     def _dispatch(self, frame: Frame) -> None:
         self._daemon.calls[Method(frame.method).name] += 1
+        deadline_s = time.monotonic() + (frame.deadline_ms / 1000 if frame.deadline_ms else _FOREVER_S)
         if frame.method == Method.HELLO:
             self._hello(frame)
         elif frame.method == Method.MAP_SLABS:
             self._map_slabs(frame)
         elif frame.method == Method.PUT:
-            self._puts.put(frame)
+            self._puts.put((frame, deadline_s))
         elif frame.method == Method.WAIT:
-            threading.Thread(target=self._answer, args=(frame,), name="fake-kvstored-wait", daemon=True).start()
+            threading.Thread(
+                target=self._answer, args=(frame, deadline_s), name="fake-kvstored-wait", daemon=True
+            ).start()
         else:
-            self._answer(frame)
+            self._answer(frame, deadline_s)
 
-    def _answer(self, frame: Frame) -> None:
-        left_s = frame.deadline_ms / 1000 if frame.deadline_ms else _FOREVER_S
+    def _answer(self, frame: Frame, deadline_s: float) -> None:
         try:
-            reply = answer(self._daemon, self._session, Method(frame.method), frame.payload, left_s)
+            reply = answer(self._daemon, self._session, Method(frame.method), frame.payload, deadline_s)
         except KVStoreError as error:
             self._send(frame, str(error).encode(), error.code)
         except AttributeError as error:  # the session was closed under a put

@@ -206,13 +206,12 @@ class FakeStore:
             tokens = min(group.stop * space.spec.block_tokens for group, (space, _) in zip(groups, asked, strict=True))
             return self._grant(FakeLease(session.session_id, groups, tokens))
 
-    def wait(self, session: FakeSession, request: pb.WaitRequest, timeout_s: float) -> pb.WaitResponse:
+    def wait(self, session: FakeSession, request: pb.WaitRequest, deadline_s: float) -> pb.WaitResponse:
         """Wait: until the blocks are readable, one is lost, or time is up."""
-        deadline_s = time.monotonic() + timeout_s
         with self._changed:
             lease = self._lease(session, request.lease_id)
             while True:
-                lost = [group.lost for group in lease.groups if group.lost]
+                lost = [group.lost for group in lease.groups if 0 < group.lost <= request.stop]
                 remaining_s = deadline_s - time.monotonic()
                 if lost or lease.ready >= request.stop or remaining_s <= 0:
                     return pb.WaitResponse(ready=lease.ready, lost=min(lost, default=0))

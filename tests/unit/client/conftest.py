@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from kvstore_client import Client, Namespace
-from kvstore_client.testing import FakeDaemon
 
 from derived import namespace
+from kvstore_client import Client, Namespace
+from kvstore_client.testing import FakeDaemon
 
 BLOCK_NBYTES = 16 << 10
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from kvstore_client import InvalidRequest
 from kvstore_client.address import MAX_SOCKET_PATH_BYTES, SYSTEM_SOCKET, resolve
 
@@ -32,7 +33,9 @@ def test_forms_of_an_address(given: str | Path, path: str) -> None:
     assert address.attach_path == path + ".attach"
 
 
-@pytest.mark.parametrize("given", ["localhost:50051", "tcp:1.2.3.4:5", "unix-abstract:x", "unix:", "/a\0b", "\0abstract"])
+@pytest.mark.parametrize(
+    "given", ["localhost:50051", "tcp:1.2.3.4:5", "unix-abstract:x", "unix:", "/a\0b", "\0abstract"]
+)
 def test_what_is_no_unix_socket(given: str) -> None:
     with pytest.raises(InvalidRequest, match="unix:/path"):
         resolve(given)

@@ -7,6 +7,7 @@ from array import array
 
 import numpy as np
 import pytest
+
 from kvstore_client import InvalidRequest, KVLayout, TensorSpec
 from kvstore_client.buffers import BlockBuffers, Wanted, block_buffers
 

@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from kvstore_client import DeadlineExceeded, InvalidRequest, PermissionDenied, QuotaExceeded, Unavailable
-from kvstore_client.local import LocalLink, connect
-from kvstore_client.rpc import MATCH, RELEASE, WAIT, deadline_after
 
 from kvstore.protocol.frames import HEADER, MAX_CALLS_IN_FLIGHT, MAX_PAYLOAD_BYTES, Frame, FrameSocket, Method
 from kvstore.v1 import kvstore_pb2 as pb
+from kvstore_client import DeadlineExceeded, InvalidRequest, PermissionDenied, QuotaExceeded, Unavailable
+from kvstore_client.local import LocalLink
+from kvstore_client.rpc import MAP_SLABS, MATCH, RELEASE, WAIT, deadline_after
+from kvstore_client.stream import connect
 
 SOON_S = 0.05
 LATER_S = 30.0
@@ -142,6 +143,22 @@ def test_descriptors_for_nobody_are_closed(peer: Peer, threads: ThreadPoolExecut
         assert end.read() == b"", "nobody holds the other end any more"
 
 
+def test_descriptors_are_not_given_to_the_answer_before_theirs(peer: Peer) -> None:
+    """Regression: one read took another thread's answer and then a slab's, whose descriptor went to the first."""
+    deadline_s = deadline_after(LATER_S)
+    first = peer.link.start(MATCH, pb.MatchRequest(), deadline_s)
+    second = peer.link.start(MAP_SLABS, pb.MapSlabsRequest(), deadline_s)
+    reading, writing = os.pipe()
+    peer.answer(peer.recv())
+    peer.frames.send(peer.recv().call_id, Method.MAP_SLABS, b"", fds=[writing])
+    peer.link.pump()
+    assert first.was_answered
+    assert second.was_answered
+    assert (len(first._call.fds), len(second._call.fds)) == (0, 1)
+    for fd in (reading, writing, *second._call.fds):
+        os.close(fd)
+
+
 def test_an_error_answer_is_raised(peer: Peer, threads: ThreadPoolExecutor) -> None:
     waiting = threads.submit(match, peer.link)
     frame = peer.recv()
@@ -184,7 +201,6 @@ def test_no_more_calls_in_flight_than_allowed(peer: Peer, threads: ThreadPoolExe
     frames = [peer.recv() for _ in waiting]
     with pytest.raises(DeadlineExceeded, match=f"{MAX_CALLS_IN_FLIGHT} calls"):
         match(peer.link, 1000, SOON_S)
-    assert not peer.link.notify(RELEASE, pb.ReleaseRequest(lease_id=1))
     extra = threads.submit(match, peer.link, 2000)
     peer.answer(frames[0], 1)
     frames.append(peer.recv())
@@ -194,29 +210,73 @@ def test_no_more_calls_in_flight_than_allowed(peer: Peer, threads: ThreadPoolExe
     assert [call.result(LATER_S) for call in [*waiting, extra]] == [1] * (MAX_CALLS_IN_FLIGHT + 1)
 
 
-def test_unawaited_calls_are_bounded_and_their_answers_dropped(peer: Peer, threads: ThreadPoolExecutor) -> None:
-    sent = 0
-    while peer.link.notify(RELEASE, pb.ReleaseRequest(lease_id=sent + 1)):
-        sent += 1
-    assert sent == MAX_CALLS_IN_FLIGHT
-    for _ in range(sent):
-        peer.answer(peer.recv())
-    peer.link.pump()
-    assert peer.link.notify(RELEASE, pb.ReleaseRequest(lease_id=1))
+def release(link: LocalLink, lease_id: int) -> None:
+    link.defer(RELEASE, pb.ReleaseRequest(lease_id=lease_id))
+
+
+def released(frame: Frame) -> int:
+    assert frame.method == Method.RELEASE
+    return pb.ReleaseRequest.FromString(frame.payload).lease_id
+
+
+def test_deferred_requests_go_before_the_next_call_in_one_piece(peer: Peer, threads: ThreadPoolExecutor) -> None:
+    for lease_id in (1, 2):
+        release(peer.link, lease_id)
+    assert peer.link.has_deferred
+    waiting = threads.submit(match, peer.link, 3)
+    frames = [peer.recv() for _ in range(3)]
+    assert [released(frame) for frame in frames[:2]] == [1, 2]
+    assert tag_of(frames[2]) == 3
+    assert not peer.link.has_deferred
+    for frame in frames:
+        peer.answer(frame, 9)
+    assert waiting.result(LATER_S) == 9
+
+
+def test_deferred_requests_are_bounded_in_flight(peer: Peer, threads: ThreadPoolExecutor) -> None:
+    for lease_id in range(MAX_CALLS_IN_FLIGHT + 10):
+        release(peer.link, lease_id)
+    peer.link.flush()
+    peer.link.flush()
+    frames = [peer.recv() for _ in range(MAX_CALLS_IN_FLIGHT)]
+    assert peer.link.has_deferred
+    for frame in frames:
+        peer.answer(frame)
+    peer.link.flush()
+    frames += [peer.recv() for _ in range(10)]
+    assert [released(frame) for frame in frames] == list(range(MAX_CALLS_IN_FLIGHT + 10))
+    assert not peer.link.has_deferred
+    for frame in frames[-10:]:
+        peer.answer(frame)
     waiting = threads.submit(match, peer.link)
-    peer.answer(peer.recv())
     peer.answer(peer.recv(), 8)
     assert waiting.result(LATER_S) == 8
 
 
-def test_a_call_waits_for_its_turn_behind_unawaited_ones(peer: Peer, threads: ThreadPoolExecutor) -> None:
-    while peer.link.notify(RELEASE, pb.ReleaseRequest(lease_id=1)):
-        pass
+def test_a_call_waits_for_its_turn_behind_deferred_ones(peer: Peer, threads: ThreadPoolExecutor) -> None:
+    for lease_id in range(MAX_CALLS_IN_FLIGHT):
+        release(peer.link, lease_id)
+    peer.link.flush()
     waiting = threads.submit(match, peer.link, 9)
     for _ in range(MAX_CALLS_IN_FLIGHT):
         peer.answer(peer.recv())
     peer.answer(peer.recv(), 9)
     assert waiting.result(LATER_S) == 9
+
+
+def test_deferred_requests_that_could_not_be_sent_go_later(peer: Peer, threads: ThreadPoolExecutor) -> None:
+    with pytest.raises(DeadlineExceeded):
+        peer.link.call(MATCH, pb.MatchRequest(keys=bytes(3 << 20)), deadline_after(SOON_S))
+    release(peer.link, 5)
+    with pytest.raises(DeadlineExceeded):
+        match(peer.link, 6, SOON_S)
+    peer.link.flush()
+    assert peer.link.has_deferred
+    waiting = threads.submit(match, peer.link, 7)
+    assert len(peer.recv().payload) > 3 << 20
+    assert released(peer.recv()) == 5
+    peer.answer(peer.recv(), 7)
+    assert waiting.result(LATER_S) == 7
 
 
 def test_a_peer_that_reads_nothing_costs_the_deadline_only(peer: Peer, threads: ThreadPoolExecutor) -> None:
@@ -248,7 +308,6 @@ def test_all_callers_hear_of_the_end(peer: Peer, threads: ThreadPoolExecutor) ->
             call.result(LATER_S)
     with pytest.raises(Unavailable):
         match(peer.link)
-    assert not peer.link.notify(RELEASE, pb.ReleaseRequest())
     assert peer.link.is_lost
     assert len(peer.lost) == 1
 

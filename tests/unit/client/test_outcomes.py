@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from kvstore_client import EXISTS, REJECTED, STORED, InternalError, RejectReason
-from kvstore_client.outcomes import decode
 
 from kvstore.v1 import types_pb2
+from kvstore_client import EXISTS, REJECTED, STORED, InternalError, RejectReason
+from kvstore_client.outcomes import decode
 
 
 def test_decode() -> None:

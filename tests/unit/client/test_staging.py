@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvstore_client.staging import Range, RangeSet, Staging
 
 PAGE = 4096

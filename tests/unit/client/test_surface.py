@@ -6,12 +6,12 @@ import copy
 import subprocess
 import sys
 
-import kvstore_client
 import pytest
-from kvstore_client import Client, KVStoreError, Namespace
 
+import kvstore_client
 from derived import chain
 from kvstore.protocol import errors
+from kvstore_client import Client, KVStoreError, Namespace
 
 
 def test_all_names_exist_and_are_sorted() -> None:
@@ -20,7 +20,9 @@ def test_all_names_exist_and_are_sorted() -> None:
 
 
 def test_every_error_is_exported_and_in_the_drawn_tree() -> None:
-    kinds = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, KVStoreError)}
+    kinds = {
+        name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, KVStoreError)
+    }
     assert len(kinds) > 8
     for name, kind in kinds.items():
         assert getattr(kvstore_client, name) is kind
@@ -41,7 +43,7 @@ def test_import_loads_no_heavy_module() -> None:
 def test_what_belongs_to_a_process_cannot_be_pickled(client: Client, ns: Namespace) -> None:
     with ns.acquire(chain(ns, 1)) as lease, ns.stage(1) as buffers:
         for thing in (client, ns, lease, buffers):
-            with pytest.raises(TypeError, match="cannot be pickled|handoff"):
+            with pytest.raises(TypeError, match=r"cannot be pickled|handoff"):
                 copy.copy(thing)  # asks __reduce_ex__, as pickle does
 
 
