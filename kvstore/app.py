@@ -42,6 +42,9 @@ _GC_THRESHOLDS = (2_000, 5, 1_000_000)
 _LEASE_SHARE = 0.25
 _LEASE_POLL_S = 0.02
 _CALLS_GRACE_S = 1.0
+# A signal may be given to any thread, as to one that woke before this one after a SIGSTOP, and Python's handler waits
+# for the main thread to run.
+_SIGNAL_POLL_S = 1.0
 
 _log = logging.getLogger("kvstore")
 
@@ -70,7 +73,8 @@ def run(config: Config) -> None:
         except (KVStoreError, OSError, MemoryError) as error:
             raise StartError(str(error)) from error
         click.echo(f"kvstored ready: {config.address}")
-        stop.wait()
+        while not stop.wait(_SIGNAL_POLL_S):
+            pass
         _log.info("draining for at most %g s", config.drain_grace_s)
         daemon.close(config.drain_grace_s)
     _log.info("stopped")

@@ -30,6 +30,8 @@ class Claim:
         anchor: keeps the client attached while the lease is in use.
     """
 
+    __slots__ = ("__weakref__", "anchor", "ended", "lease_id", "placements", "released", "session")
+
     def __init__(self, session: Session | None, reply: pb.LeaseReply) -> None:
         self.session = session if reply.lease_id else None
         self.lease_id = reply.lease_id

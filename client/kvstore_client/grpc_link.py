@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from kvstore.protocol.errors import DeadlineExceeded, KVStoreError, Unauthenticated, Unavailable, from_code
 from kvstore.protocol.frames import MAX_CALLS_IN_FLIGHT, MAX_PAYLOAD_BYTES
 from kvstore_client._lazy import grpc, kvstore_pb2_grpc
-from kvstore_client.rpc import Q, R, Rpc
+from kvstore_client.rpc import LateHandler, Q, R, Rpc
 
 TOKEN_KEY = "kvstore-token"
 _OPTIONS = [
@@ -75,7 +75,7 @@ class GrpcCall(Generic[R]):
         self._was_answered = True
         return reply
 
-    def on_late(self, handler: Callable[[], None]) -> None:
+    def on_late(self, handler: LateHandler) -> None:
         """Nothing to do: gRPC drops an answer that comes after the deadline.
 
         A staging range that such a Put named stays quarantined until the session ends.
@@ -103,8 +103,8 @@ class GrpcLink:
         self._deferred: deque[tuple[str, Message]] = deque()
         self._unawaited = threading.BoundedSemaphore(MAX_CALLS_IN_FLIGHT)
 
-    def call(self, rpc: Rpc[Q, R], request: Q, deadline_s: float) -> R:
-        """Send a request and return its answer; see Link."""
+    def call(self, rpc: Rpc[Q, R], request: Q, deadline_s: float, on_late: LateHandler | None = None) -> R:
+        """Send a request and return its answer; see Link. gRPC drops a late answer, so `on_late` is never called."""
         timeout_s = self._time_left(deadline_s)
         try:
             reply: R = getattr(self._stub, rpc.name)(request, timeout=timeout_s, metadata=self._metadata)

@@ -76,6 +76,8 @@ class Keeper:
                     self._check_peer()
                 else:
                     os.eventfd_read(ready)
+            if session.attach.has_late:
+                session.attach.pump()
             if session.link.has_deferred:
                 session.link.flush()
             self._renew()
@@ -89,8 +91,9 @@ class Keeper:
         session, now = self._session, time.monotonic()
         silent_s = now - session.link.last_sent_s
         self._dozes = silent_s > _DOZE_AFTER_S
-        # Asked after _dozes was set: whoever defers something from here on wakes this thread.
-        if not self._dozes or session.link.has_deferred:
+        # Asked after _dozes was set: whoever defers something from here on wakes this thread. Late answers are taken
+        # in soon: the daemon hangs up on a client whose buffer stays full.
+        if not self._dozes or session.link.has_deferred or session.attach.has_late:
             return FLUSH_EVERY_S
         if session.lease_count:
             return min(max(session.renew_every_s - silent_s, 0.001), session.renew_every_s)

@@ -32,6 +32,8 @@ class Lease:
         groups: one for each namespace asked for, in order. The methods of the lease itself are those of the first.
     """
 
+    __slots__ = ("__weakref__", "_claim", "_promised", "_tokens", "groups")
+
     def __init__(self, claim: Claim, tokens: int, namespaces: Sequence[NamespaceSpec]) -> None:
         """Made by Namespace.acquire(), Namespace.adopt() and Client.acquire()."""
         self._claim = claim

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Generic, NamedTuple
 from kvstore.protocol.errors import DeadlineExceeded, InvalidRequest, Unavailable, from_code
 from kvstore.protocol.frames import HEADER, MAX_CALLS_IN_FLIGHT, MAX_PAYLOAD_BYTES, Method
 from kvstore.v1 import kvstore_pb2 as pb
-from kvstore_client.rpc import MAP_SLABS, Q, R, Rpc, server_budget_s
+from kvstore_client.rpc import MAP_SLABS, LateHandler, Q, R, Rpc, server_budget_s
 from kvstore_client.spin import Spin
 from kvstore_client.stream import Answer, AnswerReader, FrameWriter, close_all
 
@@ -36,7 +36,7 @@ class _Call:
         self.call_id = 0
         self.answer: Answer | None = None
         self.fds: list[int] = []
-        self.late: Callable[[], None] | None = None
+        self.late: LateHandler | None = None
         self.leads = False
         self.gave_up = False
         self.wake: threading.Lock | None = None  # made, locked, when the caller has to sleep as a follower
@@ -77,7 +77,7 @@ class LocalCall(Generic[R]):
         """Take the answer; see Pending."""
         return self._rpc.decode(self._link.answer_of(self._call, deadline_s, may_spin=False).payload)
 
-    def on_late(self, handler: Callable[[], None]) -> None:
+    def on_late(self, handler: LateHandler) -> None:
         """Call `handler` when the answer comes too late; see Pending."""
         self._call.late = handler
 
@@ -107,6 +107,7 @@ class LocalLink:
         self._turns: deque[_Call] = deque()  # callers that wait until fewer calls are in flight
         self._lost: str | None = None
         self._is_closed = False
+        self._late = 0  # calls whose answer is still to come and will come too late
         self._deferred: deque[_Deferred] = deque()
         self._spin = Spin()  # the leader's
 
@@ -115,15 +116,21 @@ class LocalLink:
         return self._sock.fileno()
 
     @property
+    def has_late(self) -> bool:
+        """Whether answers are still to come that nobody waits for any more."""
+        return self._late > 0
+
+    @property
     def is_lost(self) -> bool:
         """Whether the connection has ended."""
         return self._lost is not None
 
     # --- the members of a Link
 
-    def call(self, rpc: Rpc[Q, R], request: Q, deadline_s: float) -> R:
+    def call(self, rpc: Rpc[Q, R], request: Q, deadline_s: float, on_late: LateHandler | None = None) -> R:
         """Send a request and return its answer; see Link."""
         call = self._begin(rpc, request, deadline_s)
+        call.late = on_late
         return rpc.decode(self.answer_of(call, deadline_s, may_spin=not rpc.is_long).payload)
 
     def start(self, rpc: Rpc[Q, R], request: Q, deadline_s: float) -> LocalCall[R]:
@@ -283,6 +290,7 @@ class LocalLink:
             if call.answer is None:
                 with self._lock:
                     call.gave_up = call.answer is None
+                    self._late += call.gave_up
         answer = call.answer
         if answer is None:
             raise DeadlineExceeded("the daemon did not answer in time")
@@ -361,6 +369,7 @@ class LocalLink:
         with self._lock:
             call = self._pending.pop(answer.call_id, _DROPPED)
             is_late = call.gave_up
+            self._late -= is_late
             if call is not _DROPPED:
                 if not is_late:
                     call.fds, fds = fds, []
@@ -368,7 +377,7 @@ class LocalLink:
             self._grant_turn()
         close_all(fds)
         if is_late and call.late is not None:
-            call.late()
+            call.late(None if answer.status else answer.payload)
 
     # --- the end
 

@@ -152,7 +152,7 @@ class Namespace:
 
         def ask(session: Session, deadline_s: float) -> Lease:
             digest = self.open_on(session, deadline_s)
-            reply = session.link.call(ADOPT, pb.AdoptRequest(token=token), deadline_s)
+            reply = session.ask_for_lease(ADOPT, pb.AdoptRequest(token=token), deadline_s)
             try:
                 specs = [self.connection.spec_of(group.namespace) for group in reply.groups]
                 if digest not in [group.namespace for group in reply.groups]:
@@ -336,7 +336,7 @@ def acquire_groups(
             pb.AcquireGroup(namespace=namespace.open_on(session, deadline_s), keys=data, mode=mode)
             for namespace, data, mode in asked
         ]
-        reply = session.link.call(ACQUIRE, pb.AcquireRequest(groups=wanted), deadline_s)
+        reply = session.ask_for_lease(ACQUIRE, pb.AcquireRequest(groups=wanted), deadline_s)
         return session.lease(reply, namespaces, groups[0][0].anchor, deadline_s)
 
     return connection.run_or(ask, timeout_s, lambda: nothing(namespaces))

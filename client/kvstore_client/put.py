@@ -104,7 +104,7 @@ def start_put(
         block_nbytes=target.block_nbytes,
     )
     pending = session.link.start(PUT, request, deadline_s)
-    pending.on_late(lambda: staging.give(place, is_suspect=True))
+    pending.on_late(lambda _: staging.give(place, is_suspect=True))
     return Flight(staging, pending, place, len(keys))
 
 

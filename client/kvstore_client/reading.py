@@ -31,6 +31,8 @@ class LeaseGroup:
         first: index of the first block listed: 0, or of the one block of a "last" group.
     """
 
+    __slots__ = ("_claim", "_fence", "_placement", "_viewed", "first", "namespace")
+
     def __init__(self, claim: Claim, placement: Placement, namespace: NamespaceSpec) -> None:
         """Made by Lease."""
         self.namespace = namespace
@@ -136,18 +138,17 @@ class LeaseGroup:
 
     def _copy(self, start: int, stop: int, target: _Target, verify: bool) -> None:
         """Copy readable blocks and prove the copy: nobody may have reused a slot meanwhile."""
-        placement = self._placement
-        for slab in placement.slabs():
-            if not slab.is_populated:
-                self._claim.populate(slab)
+        nbytes = self.namespace.layout.nbytes
+        runs = self._placement.runs(start, stop)
         with self._fence:  # barriers: the generations are read before the first byte and after the last one
             pass
-        nbytes = self.namespace.layout.nbytes
-        for slab, slot, block, count in placement.runs(start, stop):
-            target.take(slab.rows[slot : slot + count, :nbytes], block)
+        for run in runs:
+            if not run.slab.is_populated:
+                self._claim.populate(run.slab)
+            target.take(run.slab.rows[run.slot : run.slot + run.stop - run.first, :nbytes], run.first)
         with self._fence:
             pass
-        good = placement.readable_to(start, stop)
+        good = self._placement.readable_to(start, stop)  # asks for the runs again: none is left if the lease ended
         if good != stop:
             self._expire(good)
         if verify:
@@ -167,8 +168,11 @@ class LeaseGroup:
 class _Target:
     """The caller's memory, by block."""
 
+    __slots__ = ("_pieces", "_start", "_whole")
+
     def __init__(self, buffers: BlockBuffers, start: int) -> None:
-        self._whole, self._pieces, self._start = buffers.whole, buffers.pieces, start
+        self._whole, self._pieces = buffers
+        self._start = start
 
     def take(self, rows: NDArray[np.uint8], block: int) -> None:
         """Copy the rows of consecutive blocks, from `block` on, to their places."""

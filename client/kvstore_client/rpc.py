@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
@@ -71,6 +71,10 @@ DELETE: Rpc[pb.DeleteRequest, pb.DeleteResponse] = Rpc(Method.DELETE, "Delete", 
 CLEAR: Rpc[pb.ClearRequest, pb.ClearResponse] = Rpc(Method.CLEAR, "Clear", pb.ClearResponse)
 
 
+LateHandler: TypeAlias = Callable[[bytes | None], None]
+"""Gets the bytes of an answer that came too late; None if it was an error."""
+
+
 class Pending(Protocol[R_co]):
     """A call that was sent and whose answer has not been taken yet."""
 
@@ -81,7 +85,7 @@ class Pending(Protocol[R_co]):
     def take(self, deadline_s: float) -> R_co:
         """Take the answer. Raises as Link.call() does; after DeadlineExceeded the late handler stays armed."""
 
-    def on_late(self, handler: Callable[[], None]) -> None:
+    def on_late(self, handler: LateHandler) -> None:
         """Call `handler` when the answer comes after take() gave up, from the thread that reads it."""
 
 
@@ -96,13 +100,14 @@ class Link(Protocol):
     keeps_order: ClassVar[bool]
     """Whether the daemon gets calls in the order in which one thread starts them."""
 
-    def call(self, rpc: Rpc[Q, R], request: Q, deadline_s: float) -> R:
+    def call(self, rpc: Rpc[Q, R], request: Q, deadline_s: float, on_late: LateHandler | None = None) -> R:
         """Send a request and return its answer.
 
         Args:
             rpc: which call.
             request: its message.
             deadline_s: on time.monotonic().
+            on_late: called if the answer comes after the deadline, from the thread that reads it.
 
         Raises:
             DeadlineExceeded: no answer came in time.

@@ -23,7 +23,7 @@ from kvstore_client.grpc_link import GrpcLink
 from kvstore_client.keeper import Keeper
 from kvstore_client.lease import Lease
 from kvstore_client.local import LocalLink
-from kvstore_client.rpc import HELLO, OPEN_NAMESPACE, OPEN_SESSION, RELEASE, Link
+from kvstore_client.rpc import HELLO, OPEN_NAMESPACE, OPEN_SESSION, RELEASE, Link, Q, Rpc
 from kvstore_client.slabs import SlabCache
 from kvstore_client.staging import Staging
 from kvstore_client.stream import connect
@@ -142,6 +142,19 @@ class Session:
         if self.is_lost:
             raise Unavailable("the daemon closed the connection")
 
+    def ask_for_lease(self, rpc: Rpc[Q, pb.LeaseReply], request: Q, deadline_s: float) -> pb.LeaseReply:
+        """Acquire or Adopt. A lease that is granted too late is given back."""
+        try:
+            return self.link.call(rpc, request, deadline_s, self._give_back)
+        except DeadlineExceeded:
+            self._start_keeper()  # takes the answer in, though nobody may ever call again
+            raise
+
+    def _give_back(self, payload: bytes | None) -> None:
+        lease_id = pb.LeaseReply.FromString(payload).lease_id if payload is not None else 0
+        if lease_id:
+            self.release(lease_id, 0)
+
     def lease(
         self, reply: pb.LeaseReply, namespaces: Sequence[NamespaceSpec], anchor: object, deadline_s: float
     ) -> Lease:
@@ -165,9 +178,7 @@ class Session:
             if len(claim.placements) != len(namespaces):
                 raise InternalError(f"{len(claim.placements)} groups were leased of {len(namespaces)} asked for")
             for placement, namespace in zip(claim.placements, namespaces, strict=True):
-                slab_ids = placement.slab_ids()
-                self.slabs.ensure(slab_ids, deadline_s)
-                placement.find_slabs(slab_ids, self.slabs, namespace.block_nbytes)
+                placement.find_slabs(self.slabs, namespace.block_nbytes, deadline_s)
             self._hold(claim)
             return Lease(claim, reply.tokens, namespaces)
         except BaseException:

@@ -31,10 +31,9 @@ class Slab:
         slots: how many.
         slot_bytes: of each.
         rows: (slots, slot_bytes) bytes, read-only.
-        generations: (slots,) u64, read-only; the daemon changes them under our eyes.
     """
 
-    __slots__ = ("generations", "is_populated", "memory", "rows", "slab_id", "slot_bytes", "slots")
+    __slots__ = ("_generations", "is_populated", "memory", "rows", "slab_id", "slot_bytes", "slots")
 
     def __init__(self, info: pb.SlabInfo, memory: NDArray[np.uint8]) -> None:
         """Check the segment against what the daemon said of it.
@@ -51,8 +50,15 @@ class Slab:
         self.slot_bytes = cut.slot_bytes
         self.memory = memory
         self.rows = memory[cut.data_offset : cut.data_offset + cut.slots * cut.slot_bytes].reshape(cut.slots, -1)
-        self.generations = memory[HEADER_BYTES : HEADER_BYTES + GENERATION_BYTES * cut.slots].view(np.uint64)
+        self._generations = memory.data[HEADER_BYTES : HEADER_BYTES + GENERATION_BYTES * cut.slots]
         self.is_populated = False
+
+    def generations_of(self, slot: int, slots: int) -> bytes:
+        """The generations of consecutive slots as they are now, u64 each in native order.
+
+        The daemon changes them under our eyes, each by one aligned store; this copies them once.
+        """
+        return self._generations[slot * GENERATION_BYTES : (slot + slots) * GENERATION_BYTES].tobytes()
 
 
 class SlabCache:
@@ -136,7 +142,11 @@ class SlabCache:
                 slab = self._to_populate.popleft()
                 for first in range(0, slab.memory.nbytes, POPULATE_STEP_BYTES):
                     # A retired slab has no generation left. Its memory is a hole, which a read would fill again.
-                    if self._is_closed or not slab.generations.any() or not populate_read(slab.memory, first):
+                    if (
+                        self._is_closed
+                        or not any(slab.generations_of(0, slab.slots))
+                        or not populate_read(slab.memory, first)
+                    ):
                         break
         except IndexError:  # close() emptied the queue meanwhile
             pass

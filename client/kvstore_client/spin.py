@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 
-SPIN_S = 150e-6
+SPIN_S = 100e-6
 _MIN_PAUSE_CALLS = 8
 _MAX_PAUSE_CALLS = 1024
 

@@ -127,6 +127,11 @@ class BlockCache:
         """All records of the namespace have been entered."""
         self.index.settle(namespace)
 
+    def trim(self, tier: int) -> None:
+        """Drop what is over the tier's capacity or over a tenant's limit: after a restart either may be smaller."""
+        for tenant in list(self.residency.budgets[tier].by_tenant):
+            self.residency.make_room_below(tier, tenant, 0)
+
     # -- admin ------------------------------------------------------------------------------------------------
 
     def evict(self, tier: int, nbytes: int) -> tuple[int, int]:

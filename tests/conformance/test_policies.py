@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import count
 
 import pytest
-from core_world import PAGE, TENANT, key
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -19,6 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from core_world import PAGE, TENANT, key
 from kvstore.core.block import COLD, HOT, WARM, Block, Namespace
 from kvstore.core.leaf_lru import LeafLru
 from kvstore.core.policy import PolicyFactory

@@ -148,7 +148,7 @@ def test_a_client_that_fails_open_may_come_before_the_daemon(daemon: DaemonProce
 
         eventually(is_stored, "the client to attach")
         assert fetch(space, chain(space, BLOCKS)) == (BLOCKS, [])
-    with pytest.raises(Unavailable, match="no daemon answers at /nowhere/k.sock.attach"):
+    with pytest.raises(Unavailable, match=r"no daemon answers at /nowhere/k\.sock\.attach"):
         Client("unix:/nowhere/k.sock")
 
 
@@ -195,6 +195,16 @@ def test_a_stopped_daemon_is_a_miss_for_a_client_that_fails_open(daemon: DaemonP
     daemon.resume()
     eventually(lambda: open_space.match(keys).blocks == BLOCKS, "the daemon to answer")
     assert fetch(open_space, keys) == (BLOCKS, [])
+
+
+def test_a_daemon_that_was_stopped_still_ends_in_order(daemon: DaemonProcess) -> None:
+    """Regression: SIGTERM right after SIGCONT went to a thread that had woken first, and nobody ever acted on it."""
+    for _ in range(3):
+        daemon.pause()
+        daemon.resume()
+        daemon.stop()
+        daemon.start()
+    assert daemon.log().count("kvstore stopped") == 3
 
 
 def test_late_replies_are_dropped_and_not_taken_for_others(daemon: DaemonProcess, space: Namespace) -> None:

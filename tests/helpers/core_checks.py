@@ -35,9 +35,15 @@ def live_blocks(world: World) -> Iterator[Block]:
 
 
 def all_blocks(world: World) -> list[Block]:
-    """Those and the ones that a clear has condemned."""
-    condemned = [block for blocks in world.cache.moves._condemned for block in blocks.values()]
-    return [*live_blocks(world), *condemned]
+    """Those and the ones that a clear has condemned, with emptied parents that wait for their children."""
+    found = dict.fromkeys(live_blocks(world))
+    for blocks in world.cache.moves._condemned:
+        for block in blocks.values():
+            above: Block | None = block
+            while above is not None:
+                found[above] = None
+                above = above.parent
+    return list(found)
 
 
 def slots_of(world: World) -> list[Slot]:

@@ -91,7 +91,10 @@ class DaemonProcess:
 
     def pause(self) -> None:
         """SIGSTOP: it is there and does not answer."""
-        self._running().send_signal(signal.SIGSTOP)
+        process = self._running()
+        process.send_signal(signal.SIGSTOP)
+        # Not before the last of its threads has stopped.
+        eventually(lambda: os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG), "it to stop")
 
     def resume(self) -> None:
         """SIGCONT."""

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from derived import BLOCK_NBYTES, chain, content, contents, fetch, namespace, wrong
 from kvstore_client import Client, Keys, KVStoreError, Lease, Namespace, StagedBuffers
-from polling import PATIENCE_S
+from polling import PATIENCE_S, eventually
 
 _CALL_S = 30.0
 
@@ -106,6 +106,8 @@ class WorkerProcess:
     def pause(self) -> None:
         """SIGSTOP: it is there, and does nothing."""
         self._process.send_signal(signal.SIGSTOP)
+        # Not before the last of its threads has stopped.
+        eventually(lambda: os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG), "it to stop")
 
     def resume(self) -> None:
         """SIGCONT."""

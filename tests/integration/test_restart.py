@@ -49,7 +49,7 @@ def test_a_daemon_that_is_stopped_keeps_every_block(daemon: DaemonProcess, trans
     daemon.stop()
     assert not (daemon.folder / "k.sock").exists()
     daemon.start()
-    assert "(clean shutdown)" in daemon.log()
+    assert "after a clean shutdown" in daemon.log()
     with Client(daemon.address, transport=transport, staging_bytes=0) as client:  # type: ignore[arg-type]
         space, same = prefix_of(client, "stop")
         assert same == keys
@@ -69,7 +69,7 @@ def test_a_daemon_that_is_killed_keeps_what_was_saved(daemon: DaemonProcess) -> 
     unsaved = store(space, chain(space, BLOCKS, seed=1))
     daemon.kill()
     daemon.start()
-    assert "(unclean shutdown)" in daemon.log()
+    assert "no clean shutdown before" in daemon.log()
     assert fetch(space, saved) == (BLOCKS, [])
     assert fetch(space, unsaved)[1] == []
 

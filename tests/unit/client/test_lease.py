@@ -24,7 +24,7 @@ from kvstore_client import (
     NotFound,
     TensorSpec,
 )
-from kvstore_client import placement as placement_module
+from kvstore_client import reading as reading_module
 from kvstore_client.testing import FakeDaemon
 from polling import eventually
 
@@ -139,19 +139,21 @@ def test_blocks_that_do_not_fill_their_slot(client: Client) -> None:
 
 
 def test_neighbours_are_copied_in_one_run(ns: Namespace, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[int] = []
-    original = placement_module.Placement.runs
+    taken: list[int] = []
+    original = reading_module._Target.take
 
-    def spy(self: placement_module.Placement, start: int, stop: int) -> list[placement_module.Run]:
-        found = original(self, start, stop)
-        runs.extend(run.blocks for run in found)
-        return found
+    def spy(self: object, rows: np.ndarray, block: int) -> None:
+        taken.append(len(rows))
+        original(self, rows, block)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(placement_module.Placement, "runs", spy)
+    monkeypatch.setattr(reading_module._Target, "take", spy)
     with ns.acquire(keys) as lease:
         lease.read_into(room())
-    assert sum(runs) == N
-    assert len(runs) == 2, "one run for each of the two slabs"
+        assert sum(taken) == N
+        assert len(taken) == 2, "one copy for each of the two slabs"
+        taken.clear()
+        lease.read_into(room(), 3, 18)
+        assert sum(taken) == 15
 
 
 def test_scattered_blocks(daemon: FakeDaemon, client: Client, ns: Namespace) -> None:
@@ -204,13 +206,13 @@ def test_a_slot_reused_before_the_copy(daemon: FakeDaemon, ns: Namespace, keys: 
 def test_a_slot_reused_during_the_copy(
     daemon: FakeDaemon, ns: Namespace, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = placement_module.Placement.runs
+    original = reading_module._Target.take
 
-    def race(self: placement_module.Placement, start: int, stop: int) -> list[placement_module.Run]:
+    def race(self: object, rows: np.ndarray, block: int) -> None:
         daemon.lose([keys[N - 1]])
-        return original(self, start, stop)
+        original(self, rows, block)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(placement_module.Placement, "runs", race)
+    monkeypatch.setattr(reading_module._Target, "take", race)
     with ns.acquire(keys) as lease, pytest.raises(LeaseExpired, match=f"block {N - 1}"):
         lease.read_into(room())
 
@@ -581,3 +583,24 @@ def test_a_reply_that_makes_no_sense_is_a_defect_and_gives_the_lease_back(
     gc.collect()
     ns.acquire(keys).release()
     eventually(lambda: leases_of(daemon) == 0, "the release to arrive")
+
+
+def test_a_lease_that_is_granted_too_late_is_given_back(daemon: FakeDaemon, ns: Namespace, keys: Keys) -> None:
+    """Nobody calls again, and it would stay pinned as long as the session lives."""
+    daemon.hang()
+    with pytest.raises(DeadlineExceeded):
+        ns.acquire(keys, SOON_S)
+    assert leases_of(daemon) == 0
+    daemon.resume()
+    eventually(lambda: daemon.calls["RELEASE"] == 1, "the release to arrive")
+    eventually(lambda: leases_of(daemon) == 0, "the release to be handled")
+
+
+def test_an_adopted_lease_that_comes_too_late_is_given_back(daemon: FakeDaemon, ns: Namespace, keys: Keys) -> None:
+    token = ns.acquire(keys).handoff()
+    daemon.hang()
+    with pytest.raises(DeadlineExceeded):
+        ns.adopt(token, SOON_S)
+    daemon.resume()
+    eventually(lambda: daemon.calls["RELEASE"] == 1, "the release to arrive")
+    eventually(lambda: leases_of(daemon) == 0, "the release to be handled")

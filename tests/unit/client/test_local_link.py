@@ -331,11 +331,11 @@ def test_the_end_is_noticed_without_a_call(peer: Peer) -> None:
 
 
 def test_started_calls_and_late_answers(peer: Peer) -> None:
-    late: list[int] = []
+    late: list[tuple[int, bytes | None]] = []
     calls = [peer.link.start(WAIT, pb.WaitRequest(stop=i), deadline_after(LATER_S)) for i in range(3)]
     frames = [peer.recv() for _ in calls]
     for index, call in enumerate(calls):
-        call.on_late(lambda index=index: late.append(index))  # type: ignore[misc]
+        call.on_late(lambda payload, index=index: late.append((index, payload)))  # type: ignore[misc]
     peer.frames.send(frames[1].call_id, Method.WAIT, pb.WaitResponse(ready=11).SerializeToString())
     peer.link.pump()
     assert [call.was_answered for call in calls] == [False, True, False]
@@ -345,7 +345,7 @@ def test_started_calls_and_late_answers(peer: Peer) -> None:
     peer.frames.send(frames[0].call_id, Method.WAIT, b"")
     peer.frames.send(frames[2].call_id, Method.WAIT, b"")
     peer.link.pump()
-    assert late == [0], "only the one that was given up"
+    assert late == [(0, b"")], "only the one that was given up"
     assert [call.was_answered for call in calls] == [False, True, True]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 from core_world import PAGE, chain, key
-
 from kvstore.core.block import COLD, HOT, WARM, Block, Copies, Namespace
 
 
@@ -27,7 +26,7 @@ def test_a_new_block_has_nothing() -> None:
 
 def test_tier_numbers_are_those_of_the_flags() -> None:
     assert [Copies(HOT), Copies(WARM), Copies(COLD)] == [Copies.HOT, Copies.WARM, Copies.COLD]
-    assert HOT | WARM | COLD == sum(Copies)
+    assert sum(Copies) == HOT | WARM | COLD
 
 
 def test_depth_counts_from_the_root() -> None:

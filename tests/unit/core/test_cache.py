@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-from core_checks import check, check_media, check_nothing_left, slots_of
-from core_world import PAGE, TENANT, Answer, World, chain, key, packed, promises, tiers_of
 
+from core_checks import check, check_media, check_nothing_left, slots_of
+from core_world import PAGE, TENANT, Answer, World, chain, key, packed, promises
 from kvstore.core.block import COLD, HOT, WARM
-from kvstore.core.cache import NamespaceShape
+from kvstore.core.cache import NamespaceShape, RecoveredBlock
 from kvstore.protocol.errors import InvalidRequest, NotFound
 
 
@@ -223,11 +223,25 @@ def test_a_restart_with_a_smaller_cold_tier_keeps_to_it(world: World) -> None:
     world.save_all()
     world.cold_bytes = 4 * PAGE
     space = world.restart({"ns": space})["ns"]
-    budget = world.cache.residency.budgets[COLD]
-    assert budget.used_bytes == 6 * PAGE
-    assert world.cache.evict(COLD, budget.used_bytes - budget.capacity_bytes) == (2, 2 * PAGE)
+    assert world.cache.residency.budgets[COLD].used_bytes == 6 * PAGE
+    world.cache.trim(COLD)
     world.delete_all()
     assert world.match(space, chain(6)) == 4
+    check(world)
+    check_media(world)
+
+
+def test_a_restart_with_smaller_limits_keeps_to_them() -> None:
+    world = World(warm_bytes=20 * PAGE, cold_bytes=64 * PAGE, slab_bytes=2 * PAGE)
+    mine, theirs = world.open("a", "a"), world.open("b", "b")
+    world.put(mine, chain(3))
+    world.put(theirs, chain(3))
+    world.save_all()
+    world.tenant_bytes = {COLD: {"a": PAGE}}
+    spaces = world.restart({"a": mine, "b": theirs})
+    world.cache.trim(COLD)
+    world.delete_all()
+    assert (world.match(spaces["a"], chain(3)), world.match(spaces["b"], chain(3))) == (1, 3)
     check(world)
     check_media(world)
 
@@ -238,8 +252,6 @@ def test_a_record_found_twice_counts_once(world: World) -> None:
     world.save_all()
     ((_, record),) = world.media[COLD].items()
     space = world.restart({"ns": space})["ns"]
-    from kvstore.core.cache import RecoveredBlock
-
     world.cache.recover(space, RecoveredBlock(chain(1)[0], b"", record.checksum, record.stored_bytes))
     check(world)
 

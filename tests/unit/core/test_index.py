@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-from core_world import PAGE, TENANT, chain, key, packed
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core_world import PAGE, TENANT, chain, key, packed
 from kvstore.core.block import COLD, WARM, Block, Namespace
 from kvstore.core.index import Index, split_keys
 

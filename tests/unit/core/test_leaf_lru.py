@@ -6,8 +6,8 @@ from collections.abc import Callable
 from itertools import count
 
 import pytest
-from core_world import PAGE, TENANT, key
 
+from core_world import PAGE, TENANT, key
 from kvstore.core.block import COLD, WARM, Block, Namespace
 from kvstore.core.leaf_lru import LeafLru
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from core_world import PAGE, TENANT, chain, key
 
+from core_world import PAGE, TENANT, chain, key
 from kvstore.core.block import Block, Namespace
 from kvstore.core.leases import Lease, LeasePart, LeaseTable
 from kvstore.core.slabs import SlotRef

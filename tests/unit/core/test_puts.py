@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+
 from core_checks import check, slots_of
 from core_world import PAGE, World, chain, key, outcomes, packed, warm_bytes_for
-
 from kvstore.core.block import COLD, WARM
 from kvstore.core.puts import Reject
 from kvstore.core.slots import SlotState

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from core_checks import check, live_blocks, slots_of
 from core_world import PAGE, World, chain, key, tiers_of, warm_bytes_for
-
 from kvstore.core.block import COLD, HOT, WARM, Block, Namespace
 
 
