@@ -10,13 +10,13 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 
 from kvstore.protocol import convert
 from kvstore.protocol.errors import DeadlineExceeded, InternalError, ProtocolMismatch, QuotaExceeded, Unavailable
 from kvstore.protocol.frames import PROTOCOL_VERSION
 from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.v1 import kvstore_pb2 as pb
+from kvstore_client._lazy import metadata
 from kvstore_client.address import Address
 from kvstore_client.claim import Claim
 from kvstore_client.grpc_link import GrpcLink

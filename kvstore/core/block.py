@@ -33,6 +33,7 @@ class Block:
     """
 
     __slots__ = (
+        "ahead",
         "checksum",
         "copies",
         "depth",
@@ -63,6 +64,7 @@ class Block:
         self.touched = 0  # stamp of the last use
         self.queued = 0  # tiers whose order has an entry for this block
         self.saving = False  # an agent is copying it to the cold tier
+        self.ahead = 0  # the residency's: since when it has been saved ahead of being dropped
         self.hits = 0
         self.orphan = False
         self.parent: Block | None = None

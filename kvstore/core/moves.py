@@ -39,7 +39,7 @@ class Moves:
             return False
         budget = residency.budgets[WARM]
         free = budget.capacity_bytes - budget.used_bytes
-        return free + residency.clean_bytes < SAVE_AHEAD * budget.capacity_bytes
+        return free + residency.ahead_bytes < SAVE_AHEAD * budget.capacity_bytes
 
     def begin_saves(self, count: int, nbytes: int) -> list[Copy]:
         """Up to `count` blocks of up to `nbytes` together (at least one), pinned until `saved`; oldest first.

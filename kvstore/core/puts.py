@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from kvstore.core.block import Block, Namespace
+from kvstore.core.block import WARM, Block, Namespace
 from kvstore.core.index import Index
 from kvstore.core.residency import Residency
 from kvstore.core.slots import Slot
@@ -87,7 +87,8 @@ class Puts:
         for item, slot in zip(wanted, slots, strict=False):
             item.slot = slot
         if len(slots) < len(wanted):
-            self._refuse(plan, wanted[len(slots)], Reject.NO_ROOM)
+            limited = self._residency.budgets[WARM].over_own_limit(namespace.tenant, namespace.slot_bytes)
+            self._refuse(plan, wanted[len(slots)], Reject.QUOTA if limited else Reject.NO_ROOM)
         return plan
 
     def cancel(self, plan: PutPlan) -> None:

@@ -61,7 +61,10 @@ class Residency:
         self.up = {HOT: False, WARM: True, COLD: False}
         self.deletes: dict[int, list[BelowRef]] = {HOT: [], COLD: []}
         self.dirty: dict[Block, None] = {}  # in warm and not in cold (hot forgets at every restart), oldest first
-        self.clean_bytes = 0  # in warm and in cold, so that dropping it loses nothing
+        # Warm blocks that the saver has saved ahead of what will be dropped. What was loaded from cold is clean too and
+        # does not count: it is younger than the blocks that leave next.
+        self.ahead_bytes = 0
+        self._ahead_epoch = 1
         self.dropped_unsaved = 0
         self.raw_cold_bytes = 0
         self.pressed: dict[ClassKey, None] = {}  # classes that dropped blocks of their own for room
@@ -101,7 +104,7 @@ class Residency:
     def first_out(self, block: Block) -> None:
         """Make `block` the next to leave (orphans)."""
         block.touched = 0
-        block.queued = 0  # its old entries are dropped when they come up: their stamp is newer than the block's
+        block.queued = 0  # so that it gets an entry with this stamp; an old one that is left names it once more
         self.offer(block)
 
     def available(self, block: Block) -> bool:
@@ -150,9 +153,7 @@ class Residency:
         block.copies |= WARM
         self.counts[WARM].blocks += 1
         self.counts[WARM].writes += 1
-        if saved:
-            self.clean_bytes += slot_bytes(block)
-        else:
+        if not saved:
             self.dirty[block] = None
         self.warm_order(block.namespace).insert(block)
         if block.copies != WARM:  # while it was filled, the copy that it came from had to stay
@@ -163,6 +164,7 @@ class Residency:
         self.counts[WARM].evictions += 1
         if block.copies == WARM:
             self.dropped_unsaved += 1
+            self._restart_ahead()
         self.drop_warm(block)
         self.index.lost(block)
 
@@ -174,13 +176,26 @@ class Residency:
         block.slot = None
         self.slots.retire(slot)
         self.counts[WARM].blocks -= 1
-        if block.copies & COLD:
-            self.clean_bytes -= slot_bytes(block)
+        self._no_longer_ahead(block)
         self.dirty.pop(block, None)
         self.warm_order(block.namespace).remove(block)
         if block in self._spared:
             del self._spared[block]
             self.offer(block)
+
+    def is_ahead(self, block: Block) -> bool:
+        """Whether the block counts in `ahead_bytes`."""
+        return block.ahead == self._ahead_epoch
+
+    def _no_longer_ahead(self, block: Block) -> None:
+        if self.is_ahead(block):
+            block.ahead = 0
+            self.ahead_bytes -= slot_bytes(block)
+
+    def _restart_ahead(self) -> None:
+        """An unsaved block had to go: what was saved has been used since, and does not leave next."""
+        self._ahead_epoch += 1
+        self.ahead_bytes = 0
 
     def oldest_warm(self) -> Block | None:
         """The block whose warm copy would leave next, over all size classes."""
@@ -221,7 +236,8 @@ class Residency:
         assert not block.copies & tier
         if tier == COLD and block.copies & WARM:
             self.dirty.pop(block, None)
-            self.clean_bytes += slot_bytes(block)
+            block.ahead = self._ahead_epoch
+            self.ahead_bytes += slot_bytes(block)
         block.copies |= tier
         if tier == COLD:
             block.stored_bytes = stored_bytes
@@ -244,7 +260,7 @@ class Residency:
         if delete:
             self.deletes[tier].append((block.namespace.digest, block.key))
         if tier == COLD and block.copies & WARM:
-            self.clean_bytes -= slot_bytes(block)
+            self._no_longer_ahead(block)
             self.dirty[block] = None
         if tier == COLD:
             self._spared.pop(block, None)

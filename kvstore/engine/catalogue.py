@@ -58,13 +58,28 @@ class Catalogue:
                 namespace=digest, tenant=tenant, spec=to_proto(spec), block_nbytes=spec.block_nbytes, epoch=epoch
             )
             self.entries[digest] = entry
-            self._write()
+            try:
+                self._write()
+            except OSError:
+                del self.entries[digest]
+                raise
 
     def set_epoch(self, digest: bytes, epoch: int) -> None:
-        """Remember that a namespace was cleared; durable when it returns. Raises OSError where the disk refuses."""
+        """Remember that a namespace was cleared; durable when it returns.
+
+        Raises:
+            OSError: the disk refuses. The old epoch stays.
+        """
         with self._lock:
-            self.entries[digest].epoch = epoch
-            self._write()
+            entry = self.entries.get(digest)
+            if entry is None:  # it could not be remembered when it was opened: nothing of it survives a restart
+                return
+            before, entry.epoch = entry.epoch, epoch
+            try:
+                self._write()
+            except OSError:
+                entry.epoch = before
+                raise
 
     def take_clean_mark(self) -> bool:
         """Whether the last daemon ended in order; the mark is taken away."""

@@ -57,6 +57,7 @@ class Checker:
         with self._lock:
             if not good and block.slot is slot:
                 self._cache.residency.counts[WARM].corrupt += 1
+                self._pool.set_generation(slot.slab_id, slot.index, 0)  # also for leases that read it at this moment
                 self._cache.residency.drop_warm(block)
                 self._cache.index.lost(block)
             self._cache.slots.unpin(slot)

@@ -14,6 +14,7 @@ from kvstore.core.cache import BlockCache
 from kvstore.core.moves import Copy
 from kvstore.core.slots import Slot
 from kvstore.engine.inflight import InFlight
+from kvstore.protocol.errors import KVStoreError
 from kvstore.tiers.base import BlockRef, Outcome, StoredRecord, Tier, TierItem, WriteResult
 from kvstore.tiers.warm import WarmPool
 
@@ -23,6 +24,7 @@ _SAVE_BLOCKS = 8
 _SAVE_BYTES = 16 << 20
 _RETRY_S = 1.0
 _REAP_BLOCKS = 256
+_PAUSE_AFTER_DEFECT_S = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -137,14 +139,22 @@ class Mover:
             self._flushing = False
             return len(self._cache.residency.dirty)
 
-    def close(self) -> None:
-        """Stop after what is under way. Bounded by the tiers' own time-outs."""
+    def close(self) -> bool:
+        """Stop after what is under way and the deletions that are due; returns whether the cold tier took them.
+
+        Bounded by the tiers' own time-outs.
+        """
         self._closing = True
         with self._lock:
             self._load_wake.notify_all()
         self._save_wake.set()
         for thread in self._threads:
             thread.join(35.0)
+        while self._reap():  # what was cleared or deleted must not come back after the restart
+            pass
+        self._delete(COLD)
+        with self._lock:
+            return not self._cache.residency.deletes[COLD]
 
     # -- loads ------------------------------------------------------------------------------------------------
 
@@ -157,7 +167,7 @@ class Mover:
                     return
                 tier, batch = self._next_loads()
             if batch:
-                self._load(tier, batch)
+                _guarded(self._load, tier, batch)
 
     def _next_loads(self) -> tuple[int, list[tuple[Block, Slot]]]:
         """A run of loads from one tier, in prefix order."""
@@ -182,7 +192,11 @@ class Mover:
     def _load(self, tier: int, batch: list[tuple[Block, Slot]]) -> None:
         medium = self._tiers[tier]
         restarts = medium.restarts
-        outcomes = medium.read(self._items(tier, batch))
+        try:
+            outcomes = medium.read(self._items(tier, batch))
+        except (KVStoreError, OSError, MemoryError) as error:  # no descriptors, no memory, an agent that refuses
+            _log.warning("%d loads from %s failed: %s", len(batch), medium.name, error)
+            outcomes = [Outcome.BUSY] * len(batch)
         with self._lock:
             # Between two agents a miss says nothing of the medium.
             interrupted = medium.restarts != restarts or not self._cache.residency.up[tier]
@@ -207,21 +221,30 @@ class Mover:
         """Read a block's copy into a slot of the caller's, to check it."""
         medium = self._tiers[tier]
         restarts = medium.restarts
-        outcome = medium.read(self._items(tier, [(block, scratch)]))[0]
-        return Outcome.BUSY if outcome is Outcome.MISSING and medium.restarts != restarts else outcome
+        try:
+            outcome = medium.read(self._items(tier, [(block, scratch)]))[0]
+        except (KVStoreError, OSError, MemoryError) as error:
+            _log.warning("a check of %s failed: %s", medium.name, error)
+            return Outcome.BUSY
+        with self._lock:
+            interrupted = medium.restarts != restarts or not self._cache.residency.up[tier]
+        return Outcome.BUSY if outcome is Outcome.MISSING and interrupted else outcome
 
     # -- saves, promotions, deletions -------------------------------------------------------------------------
 
     def _save_loop(self) -> None:
         while not self._closing:
-            busy = self._reap() | self._delete(COLD) | self._delete(HOT) | self._promote()
-            saved = self._save()
-            if saved is False:  # the tier took nothing: it is full, or down
-                self._save_wake.clear()
-                self._save_wake.wait(_RETRY_S)
-            elif not busy and saved is None:
-                self._save_wake.wait(_RETRY_S if self._wants_saving() else None)
-                self._save_wake.clear()
+            _guarded(self._save_step)
+
+    def _save_step(self) -> None:
+        busy = self._reap() | self._delete(COLD) | self._delete(HOT) | self._promote()
+        saved = self._save()
+        if saved is False:  # the tier took nothing: it is full, or down
+            self._save_wake.clear()
+            self._save_wake.wait(_RETRY_S)
+        elif not busy and saved is None:
+            self._save_wake.wait(_RETRY_S if self._wants_saving() else None)
+            self._save_wake.clear()
 
     def _wants_saving(self) -> bool:
         with self._lock:
@@ -263,7 +286,11 @@ class Mover:
         return True
 
     def _write(self, tier: int, medium: AgentedTier, batch: Sequence[Copy]) -> list[WriteResult]:
-        return medium.write(self._items(tier, batch))
+        try:
+            return medium.write(self._items(tier, batch))
+        except (KVStoreError, OSError, MemoryError) as error:
+            _log.warning("%d writes to %s failed: %s", len(batch), medium.name, error)
+            return [WriteResult(Outcome.BUSY)] * len(batch)
 
     def _delete(self, tier: int) -> bool:
         """Deletions come before the next write on the same thread, so that they never hit a newer copy."""
@@ -271,7 +298,13 @@ class Mover:
             refs, self._cache.residency.deletes[tier] = self._cache.residency.deletes[tier], []
         medium = self._tiers.get(tier)
         if refs and medium is not None:
-            medium.delete([BlockRef(namespace, key) for namespace, key in refs])
+            try:
+                medium.delete([BlockRef(namespace, key) for namespace, key in refs])
+            except (KVStoreError, OSError, MemoryError) as error:
+                _log.warning("%d deletions from %s failed, will be tried again: %s", len(refs), medium.name, error)
+                with self._lock:
+                    self._cache.residency.deletes[tier] = refs + self._cache.residency.deletes[tier]
+                return False
         return bool(refs)
 
     def _reap(self) -> bool:
@@ -287,9 +320,10 @@ class Mover:
     def _item(self, block: Block, slot: Slot) -> TierItem:
         namespace = block.namespace
         place = self._pool.range_of(slot.slab_id, slot.index, namespace.block_nbytes)
-        parent = block.parent.key if block.parent is not None else b""
+        above = block.parent  # read once: a delete may unlink it at any moment
+        parent = above.key if above is not None else b""
         ref = BlockRef(namespace.digest, block.key)
-        return TierItem(ref, place, block.checksum, parent, namespace.epoch, namespace.dtype)
+        return TierItem(ref, place, block.checksum, parent, block.epoch, namespace.dtype)
 
     def _map(self, slab_ids: set[int], tier: int) -> None:
         """Pass slabs that the agent has not seen; it must know a slab before a frame names it."""
@@ -311,3 +345,12 @@ def _pass_fd(medium: AgentedTier, slab_id: int, found: tuple[int, int]) -> None:
         medium.map_slab(slab_id, fd, nbytes)
     finally:
         os.close(fd)
+
+
+def _guarded(step: Callable[..., None], *arguments: object) -> None:
+    """Run one step of a loop that must not end: without it nothing would be loaded or saved until a restart."""
+    try:
+        step(*arguments)
+    except Exception:  # noqa: BLE001 - a defect of ours, said in full; the next step may do better
+        _log.exception("a step of the mover failed")
+        time.sleep(_PAUSE_AFTER_DEFECT_S)

@@ -42,6 +42,8 @@ def recover(cache: BlockCache, catalogue: Catalogue, records: Iterable[StoredRec
             namespaces[digest] = opened
     for record in records:
         namespace = namespaces.get(record.ref.namespace)
+        if namespace is None and record.ref.namespace in catalogue.entries:
+            continue  # it does not fit this daemon's settings; another start may serve it
         if namespace is None or record.epoch != namespace.epoch or record.nbytes != namespace.block_nbytes:
             result.swept.append(record.ref)
             continue
@@ -49,9 +51,7 @@ def recover(cache: BlockCache, catalogue: Catalogue, records: Iterable[StoredRec
         result.blocks += 1
     for namespace in namespaces.values():
         cache.recovered(namespace)
-    budget = cache.residency.budgets[COLD]
-    if budget.used_bytes > budget.capacity_bytes:  # the tier was made smaller
-        cache.evict(COLD, budget.used_bytes - budget.capacity_bytes)
+    cache.trim(COLD)  # the tier, or a tenant's share of it, may have been made smaller
     return result
 
 

@@ -84,16 +84,29 @@ class Sessions:
                     "close idle sessions or raise staging_total_bytes"
                 )
             self.staging_bytes += given
-        if given:
-            try:
-                segment = Segment(f"kvtier-staging-{session.id}", given)
-                segment.populate()
-            except (OSError, MemoryError) as error:
-                with self._lock:
-                    self.staging_bytes -= given
-                raise QuotaExceeded(f"no memory for a staging segment of {given} bytes: {error}") from error
-            session.staging = segment
-        return given
+        if not given:
+            return 0
+        segment = self._make_staging(session, given)
+        with self._lock:
+            if not session.closed and session.staging is None:
+                session.staging = segment
+                return given
+            self.staging_bytes -= given  # it ended meanwhile, or another call was first
+        segment.close()
+        return session.staging.nbytes if session.staging is not None else 0
+
+    def _make_staging(self, session: Session, nbytes: int) -> Segment:
+        segment: Segment | None = None
+        try:
+            segment = Segment(f"kvtier-staging-{session.id}", nbytes)
+            segment.populate()
+        except (OSError, MemoryError) as error:
+            if segment is not None:
+                segment.close()
+            with self._lock:
+                self.staging_bytes -= nbytes
+            raise QuotaExceeded(f"no memory for a staging segment of {nbytes} bytes: {error}") from error
+        return segment
 
     def close(self, session: Session) -> bool:
         """End a session; False if it has ended before. A put that still copies keeps the pages until it is done.

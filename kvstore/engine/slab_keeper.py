@@ -106,7 +106,7 @@ class SlabKeeper:
             return False
         try:
             self._pool.make(slab.slab_id, slab.geometry)
-        except OSError as error:
+        except (OSError, MemoryError, ValueError) as error:
             self._cache.allocator.failed(slab.slab_id)
             _log.warning("cannot make a slab: %s", error)
             return False
@@ -117,11 +117,18 @@ class SlabKeeper:
 
     def _planned(self, tenant: str, slot_size: int) -> Slab | None:
         slab = self._cache.allocator.plan(tenant, slot_size)
-        if slab is not None and self._headroom() < slab.geometry.segment_bytes + _RESERVE_BYTES:
+        if slab is not None and self._room() < slab.geometry.segment_bytes + _RESERVE_BYTES:
             self._cache.allocator.failed(slab.slab_id)
             self.short_of_memory += 1
             return None
         return slab
+
+    def _room(self) -> int:
+        try:
+            return self._headroom()
+        except (OSError, ValueError) as error:
+            _log.warning("cannot tell how much memory there is: %s", error)
+            return 0
 
     # -- on the thread ----------------------------------------------------------------------------------------
 
@@ -136,8 +143,10 @@ class SlabKeeper:
         if self._unpopulated:
             self._populate(self._unpopulated.popleft())
             return True
-        if self._starving:
-            return self._feed(next(iter(self._starving)))
+        with self._lock:
+            starving = next(iter(self._starving), None)
+        if starving is not None:
+            return self._feed(starving)
         return self._demand is not None and self._make(self._demand)
 
     def _feed(self, key: ClassKey) -> bool:
@@ -174,7 +183,7 @@ class SlabKeeper:
             return False
         try:
             self._pool.make(slab.slab_id, slab.geometry)
-        except OSError as error:
+        except (OSError, MemoryError, ValueError) as error:
             _log.warning("cannot make a slab: %s", error)
             with self._lock:
                 self._cache.allocator.failed(slab.slab_id)
@@ -192,7 +201,10 @@ class SlabKeeper:
             _log.warning("slab %d is used without being populated: %s", slab_id, error)
 
     def _drop(self, slab_id: int) -> None:
-        self._pool.drop(slab_id)
+        try:
+            self._pool.drop(slab_id)
+        except OSError as error:  # its pages go when the last worker unmaps it
+            _log.warning("slab %d: %s", slab_id, error)
         self._retired(slab_id)
         with self._lock:
             self._cache.allocator.retired(slab_id)

@@ -35,7 +35,7 @@ from kvstore.engine.replies import lease_reply
 from kvstore.engine.sessions import Peer, Session, Sessions
 from kvstore.engine.slab_keeper import SlabKeeper
 from kvstore.engine.snapshot import Snapshots
-from kvstore.protocol.errors import InvalidRequest, KVStoreError, LeaseExpired, Unavailable
+from kvstore.protocol.errors import InvalidRequest, KVStoreError, LeaseExpired, QuotaExceeded, Unavailable
 from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.tiers.base import StoredRecord
 from kvstore.tiers.warm import SlabInfo, WarmPool
@@ -81,6 +81,7 @@ class Store:
         self._config = config
         self._clock = clock
         self._lock = threading.Lock()
+        self._clearing = threading.Lock()
         self._bulk = threading.Lock()  # taken before _lock, see _gate
         limits = Limits(
             config.warm_bytes, int(config.cold_bytes * _COLD_FILL), config.hot_bytes, config.tenant_bytes, config.policy
@@ -162,8 +163,8 @@ class Store:
             _log.warning("could not save before the end: %s", error)
             unsaved = 1
         self._closing.set()
-        self._mover.close()
-        if unsaved == 0:
+        deleted = self._mover.close()
+        if unsaved == 0 and deleted:
             self._catalogue.leave_clean_mark()
         for session in self._sessions.all():
             self.close_session(session)
@@ -203,17 +204,24 @@ class Store:
         0 is the session's staging. Duplicated under the lock: the number of a descriptor that was closed meanwhile
         could by then name another tenant's slab.
         """
-        found = []
-        with self._lock:
-            for slab_id in ids:
-                staging = session.staging
-                if slab_id == 0 and staging is not None:
-                    found.append((SlabInfo(0, staging.nbytes, staging.nbytes, 1, 0), os.dup(staging.fd)))
-                elif self._owned(slab_id, session.tenant):
-                    info = self._pool.info(slab_id)
+        found: list[tuple[SlabInfo, int]] = []
+        try:
+            with self._lock:
+                for slab_id in dict.fromkeys(ids):
+                    info = self._info(session, slab_id)
                     if info is not None:
                         found.append((info[0], os.dup(info[1])))
+        except OSError as error:
+            for _, fd in found:
+                os.close(fd)
+            raise QuotaExceeded(f"no descriptor for a slab: {error.strerror}") from error
         return found
+
+    def _info(self, session: Session, slab_id: int) -> tuple[SlabInfo, int] | None:
+        staging = session.staging
+        if slab_id == 0:
+            return None if staging is None else (SlabInfo(0, staging.nbytes, staging.nbytes, 1, 0), staging.fd)
+        return self._pool.info(slab_id) if self._owned(slab_id, session.tenant) else None
 
     # -- namespaces -------------------------------------------------------------------------------------------
 
@@ -238,12 +246,13 @@ class Store:
             Unavailable: the new epoch cannot be made durable. Nothing has been cleared.
         """
         found = self._namespace(session, namespace)
-        try:
-            self._catalogue.set_epoch(namespace, found.epoch + 1)
-        except OSError as error:
-            raise Unavailable(f"the new epoch cannot be written to {self._config.state_dir}: {error}") from error
-        with self._lock:
-            epoch = self._cache.clear(found)
+        with self._clearing:  # two at once would leave memory and disk at different epochs
+            try:
+                self._catalogue.set_epoch(namespace, found.epoch + 1)
+            except OSError as error:
+                raise Unavailable(f"the new epoch cannot be written to {self._config.state_dir}: {error}") from error
+            with self._lock:
+                epoch = self._cache.clear(found)
         self._mover.wake_saver()
         return epoch
 
@@ -283,8 +292,7 @@ class Store:
             with self._lock:
                 lease = self._cache.reads.acquire(session.id, session.tenant, asked, self._clock())
                 self._mover.kick_loads()
-                if lease is None or lease.parts[0].first_block:
-                    self._note_shortage(asked)
+                self._note_shortage()
             reply = lease_reply(lease) if lease is not None else kvstore_pb2.LeaseReply()
         self._mover.kick_saves()
         return reply
@@ -452,7 +460,7 @@ class Store:
     def _group(self, session: Session, digest: bytes, keys: bytes, mode: int) -> AcquireGroup:
         namespace = self._namespace(session, digest)
         last = mode == kvstore_pb2.ACQUIRE_MODE_LAST
-        return AcquireGroup(namespace, keys, last, () if last else self._cache.reads.hint(namespace, keys))
+        return AcquireGroup(namespace, keys, last)
 
     def _owned(self, slab_id: int, tenant: str) -> bool:
         """Whether the slab may be passed to the tenant; one that retires is closed without the lock."""
@@ -462,11 +470,12 @@ class Store:
             return False
         return slab.tenant == tenant and slab.state is SlabState.LIVE
 
-    def _note_shortage(self, asked: Sequence[AcquireGroup]) -> None:
-        """An acquire that was cut because its size class has no slab: get it one for the next time."""
-        for group in asked:
-            if not self._cache.allocator.free_slots(group.namespace.tenant, group.namespace.slot_bytes):
-                self._slabs.starve(group.namespace, len(group.keys) // KEY_BYTES)
+    def _note_shortage(self) -> None:
+        """An acquire was cut for want of slots: get its class some for the next time. A mere miss needs none."""
+        short = self._cache.reads.short
+        while short:
+            namespace, slots = short.popitem()
+            self._slabs.starve(namespace, slots)
 
     def _set_generation(self, ref: SlotRef, value: int) -> None:
         self._pool.set_generation(ref.slab_id, ref.slot, value)

@@ -78,8 +78,10 @@ class WarmPool:
         slab = self._slabs.pop(slab_id)
         if slab.populated:
             self.populated_bytes -= slab.geometry.segment_bytes
-        slab.segment.punch()
-        slab.segment.close()
+        try:
+            slab.segment.punch()
+        finally:
+            slab.segment.close()
 
     def set_generation(self, slab_id: int, slot: int, value: int) -> None:
         """Publish (or with 0 withdraw) a slot."""

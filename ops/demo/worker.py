@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import prefix_model as pm
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
+import prefix_model as pm
 from kvstore_client import STORED, Client, Namespace
 
 _TIMEOUT_S = 30.0

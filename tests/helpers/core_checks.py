@@ -131,7 +131,9 @@ def check_clean(world: World, blocks: list[Block]) -> None:
     residency = world.cache.residency
     warm = [block for block in blocks if block.copies & WARM]
     assert set(residency.dirty) == {block for block in warm if not block.copies & COLD}
-    assert residency.clean_bytes == sum(block.namespace.slot_bytes for block in warm if block.copies & COLD)
+    ahead = [block for block in blocks if residency.is_ahead(block)]
+    assert all(block.copies & WARM and block.copies & COLD for block in ahead)
+    assert residency.ahead_bytes == sum(block.namespace.slot_bytes for block in ahead)
     cold = [block for block in blocks if block.copies & COLD]
     assert residency.raw_cold_bytes == sum(block.namespace.block_nbytes for block in cold)
 
@@ -203,7 +205,7 @@ def check_nothing_left(world: World) -> None:
     assert slots_of(world) == []
     assert [b.used_bytes for b in residency.budgets.values()] == [0, 0, 0]
     assert [b.by_tenant for b in residency.budgets.values()] == [{}, {}, {}]
-    assert residency.clean_bytes == residency.raw_cold_bytes == 0
+    assert residency.ahead_bytes == residency.raw_cold_bytes == 0
     assert not residency.dirty
     assert all(not namespace.blocks for namespace in namespaces(world))
     assert world.cache.index.orphans == 0

@@ -63,6 +63,7 @@ def test_defect_7_a_full_pool_goes_on_to_take_blocks(start_daemon: StartDaemon, 
             assert set(worker.take()) == {"STORED"}
     for number, worker in enumerate(workers):
         assert worker.ask("get", model="m", blocks=8, seed=190 + number, block_nbytes=NBYTES) == [8, []]
+    for number, worker in enumerate(workers):
         for round_ in range(20):
             assert worker.ask("get", model="m", blocks=8, seed=10 * round_ + number, block_nbytes=NBYTES)[1] == []
 

@@ -75,18 +75,18 @@ def test_a_daemon_that_is_killed_keeps_what_was_saved(daemon: DaemonProcess) -> 
 
 
 def test_killed_while_it_saves_it_serves_no_wrong_byte(daemon: DaemonProcess) -> None:
-    """Four times: kill it in the middle of the spilling of 48 MiB; what it finds again is whole."""
+    """Three times: kill it in the middle of the spilling of 64 MiB; what it finds again is whole."""
     client = daemon.client(staging_bytes=16 << 20)
     space = namespace(client, "mid-save", NBYTES)
     found = 0
-    for round_ in range(4):
-        for seed in range(6):
+    for round_ in range(3):
+        for seed in range(8):
             keys = chain(space, BLOCKS, seed=10 * round_ + seed)
             space.put(keys, contents(keys, NBYTES), timeout_s=WAIT_S)
         eventually(lambda: daemon.tier("cold").writes > 0, "the spilling to begin")
         daemon.kill()
         daemon.start()
-        for seed in range(10 * round_ + 6):
+        for seed in range(10 * round_ + 8):
             count, bad = fetch(space, chain(space, BLOCKS, seed))
             assert not bad
             found += count

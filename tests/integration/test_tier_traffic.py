@@ -185,7 +185,7 @@ def test_a_parent_never_leaves_before_its_children(daemon: DaemonProcess, client
 def test_reading_cold_blocks_does_not_push_out_what_was_never_saved(daemon: DaemonProcess) -> None:
     """Regression: what reads brought into warm counted as room, so the saver slept while older blocks were lost."""
     client = daemon.client(staging_bytes=16 << 20)
-    space = namespace(client, "read-burst", NBYTES)
+    space = namespace(client, "read-burst", NBYTES, kind="set")  # no chains: what was put first leaves first
     saved = [store(space, chain(space, BLOCKS, seed)) for seed in range(6)]
     flush(daemon)
     evict(daemon)

@@ -120,6 +120,14 @@ def test_keys_that_are_not_one_chain_count_as_far_as_they_are_one() -> None:
         assert [block.key for block in blocks] == keys[:expected]
 
 
+def test_a_search_whose_depths_do_not_fit_walks() -> None:
+    shelf = Shelf()
+    shelf.store_chain(chain(8))
+    shelf.store_chain(chain(8, "b"))
+    assert shelf.index.prefix(shelf.space, packed([chain(1)[0], chain(1, "b")[0]])) == 1
+    assert shelf.index.prefix(shelf.space, packed([chain(1)[0], chain(3)[2]])) == 1
+
+
 @given(st.data())
 def test_any_keys_against_a_walk(data: st.DataObject) -> None:
     shelf = Shelf()

@@ -160,6 +160,10 @@ def test_an_ended_session_leaves_nothing_behind(desk: Desk) -> None:
 
 
 def test_sessions_without_leases_are_not_remembered(desk: Desk) -> None:
+    lease = desk.open(5)
+    desk.table.renew(5, 1.0)
+    desk.table.release(lease)
+    assert not desk.table._seen
     assert desk.table.renew(9, 1.0) == 0
     assert not desk.table._seen
 

@@ -107,6 +107,41 @@ def test_a_promotion_whose_block_has_gone_is_deleted_from_hot(end: str) -> None:
     check_media(world)
 
 
+def test_a_hole_filled_again_while_it_is_promoted_keeps_its_own_bytes() -> None:
+    world = hot_world()
+    space = world.open()
+    world.put(space, chain(2))
+    use(world, space, chain(1))
+    (save,) = world.start_promotions()
+    parent = space.blocks[chain(1)[0]]
+    world.cache.residency.drop_warm(parent)  # proved corrupt
+    world.cache.index.lost(parent)
+    assert world.put(space, chain(1), variant=1) == ["STORED"]
+    world.end_save(save)
+    assert tiers_of(parent) == "warm"
+    world.delete_all()
+    check(world)
+    check_media(world)
+
+
+def test_emptying_a_clear_does_not_delete_newer_hot_copies_of_the_same_keys() -> None:
+    world = hot_world(8)
+    space = world.open()
+    world.put(space, chain(3))
+    use(world, space, chain(3))
+    assert world.promote_all() == 3
+    world.cache.clear(space)
+    world.put(space, chain(3), variant=1)
+    use(world, space, chain(3))
+    promoted = world.promote_all()
+    while world.cache.moves.reap(1):
+        promoted += world.promote_all()
+    world.delete_all()
+    assert promoted + world.promote_all() == 3
+    check(world)
+    check_media(world)
+
+
 def test_what_is_only_being_filled_is_not_promoted() -> None:
     world = hot_world()
     space = world.open()

@@ -365,7 +365,7 @@ def test_a_tenant_keeps_to_its_budget() -> None:
     world = World(warm_bytes=12 * PAGE, slab_bytes=2 * PAGE, tenant_bytes={WARM: {"small": 2 * PAGE}})
     small, other = world.open("small", "small"), world.open("other", "other")
     assert world.put(other, chain(4)) == ["STORED"] * 4
-    assert world.put(small, chain(3)) == ["STORED", "STORED", "NO_ROOM"]
+    assert world.put(small, chain(3)) == ["STORED", "STORED", "QUOTA"]
     assert world.put(small, chain(2, "b")) == ["STORED", "STORED"]  # its own blocks leave for it
     assert (world.match(small, chain(3)), world.match(other, chain(4))) == (0, 4)
     check(world)

@@ -224,6 +224,17 @@ def test_deleting_a_leased_block_leaves_its_bytes_to_the_reader(world: World) ->
     check(world)
 
 
+def test_a_leased_block_whose_child_was_deleted_may_leave_after_the_lease(world: World) -> None:
+    space = world.open()
+    world.put(space, chain(3))
+    lease = world.lease(space, chain(3))
+    world.cache.delete(space, chain(2)[1])
+    assert world.cache.evict(WARM, PAGE) == (0, 0)
+    world.release(lease)
+    check(world)
+    assert world.cache.evict(WARM, PAGE) == (1, PAGE)
+
+
 def test_a_slot_waits_for_every_lease_on_it(world: World) -> None:
     space = world.open()
     world.put(space, chain(1))

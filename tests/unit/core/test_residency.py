@@ -283,9 +283,9 @@ def test_dropping_a_cold_copy_makes_a_warm_block_unsaved_again(world: World) -> 
     world.put(space, chain(1))
     world.save_all()
     residency = world.cache.residency
-    assert (residency.clean_bytes, len(residency.dirty)) == (PAGE, 0)
+    assert (residency.ahead_bytes, len(residency.dirty)) == (PAGE, 0)
     world.cache.evict(COLD, PAGE)
-    assert (residency.clean_bytes, len(residency.dirty)) == (0, 1)
+    assert (residency.ahead_bytes, len(residency.dirty)) == (0, 1)
     check(world)
 
 
