@@ -52,6 +52,11 @@ class Lease:
         return self.groups[0].blocks
 
     @property
+    def released(self) -> int:
+        """Blocks [0, released) have been given back by release_to()."""
+        return self._claim.released
+
+    @property
     def tokens(self) -> int:
         """Tokens covered by the blocks."""
         lost = self._promised - self.blocks
