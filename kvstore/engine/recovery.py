@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from kvstore.core.block import COLD, Namespace
 from kvstore.core.cache import BlockCache, NamespaceShape, RecoveredBlock
 from kvstore.engine.catalogue import Catalogue
+from kvstore.engine.mover import DurableTier
 from kvstore.protocol.convert import from_proto
-from kvstore.protocol.errors import InvalidRequest
+from kvstore.protocol.errors import InvalidRequest, KVStoreError, Unavailable
 from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.tiers.base import BlockRef, StoredRecord
 from kvstore.v1 import admin_pb2
+
+_SCAN_ATTEMPTS = 3
+_SCAN_RETRY_S = 0.5
 
 _log = logging.getLogger(__name__)
 
@@ -24,6 +29,21 @@ class Recovered:
 
     blocks: int = 0
     swept: list[BlockRef] = field(default_factory=list)  # of no known namespace, an old epoch, or a wrong size
+
+
+def scan_records(cold: DurableTier) -> list[StoredRecord]:
+    """All cold records; an agent that dies meanwhile is replaced, so ask again before giving up on them.
+
+    Raises:
+        Unavailable: they cannot be read.
+    """
+    for attempt in range(_SCAN_ATTEMPTS):
+        try:
+            return list(cold.scan())
+        except KVStoreError as error:
+            _log.warning("reading the cold tier's records failed: %s", error)
+            time.sleep(_SCAN_RETRY_S * (attempt + 1))
+    raise Unavailable(f"the cold tier cannot be read ({cold.state}); start with --cold-bytes 0 to do without it")
 
 
 def shape_of(tenant: str, spec: NamespaceSpec) -> NamespaceShape:

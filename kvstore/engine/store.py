@@ -30,14 +30,13 @@ from kvstore.engine.catalogue import Catalogue
 from kvstore.engine.checking import Checker
 from kvstore.engine.mover import AgentedTier, DurableTier, Mover
 from kvstore.engine.putting import copy_in, source_of
-from kvstore.engine.recovery import recover, shape_of
+from kvstore.engine.recovery import recover, scan_records, shape_of
 from kvstore.engine.replies import lease_reply
 from kvstore.engine.sessions import Peer, Session, Sessions
 from kvstore.engine.slab_keeper import SlabKeeper
 from kvstore.engine.snapshot import Snapshots
 from kvstore.protocol.errors import InvalidRequest, KVStoreError, LeaseExpired, QuotaExceeded, Unavailable
 from kvstore.protocol.namespace import NamespaceSpec
-from kvstore.tiers.base import StoredRecord
 from kvstore.tiers.warm import SlabInfo, WarmPool
 from kvstore.v1 import admin_pb2, kvstore_pb2
 
@@ -48,8 +47,6 @@ _COLD_FILL = 0.85
 _HANDOFF_TOKEN_BYTES = 16
 _BULK_KEYS = 48
 _SMALL_BLOCK_BYTES = 64 << 10
-_SCAN_ATTEMPTS = 3
-_SCAN_RETRY_S = 0.5
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +109,7 @@ class Store:
         cold = self._mover.tier(COLD)
         if cold is not None:
             started = self._clock()
-            records = self._scan(cast(DurableTier, cold))
+            records = scan_records(cast(DurableTier, cold))
             with self._lock:
                 result = recover(self._cache, self._catalogue, records)
             if result.swept:
@@ -125,16 +122,6 @@ class Store:
         self._slabs.start()
         self._mover.start()
         self._ticker.start()
-
-    def _scan(self, cold: DurableTier) -> list[StoredRecord]:
-        """All cold records; an agent that dies meanwhile is replaced, so ask again before giving up on them."""
-        for attempt in range(_SCAN_ATTEMPTS):
-            try:
-                return list(cold.scan())
-            except KVStoreError as error:
-                _log.warning("reading the cold tier's records failed: %s", error)
-                time.sleep(_SCAN_RETRY_S * (attempt + 1))
-        raise Unavailable(f"the cold tier cannot be read ({cold.state}); start with --cold-bytes 0 to do without it")
 
     def tier_up(self, tier: int) -> None:
         """An agent serves."""
