@@ -114,7 +114,7 @@ def test_defect_2_flipped_bits_under_a_running_daemon(daemon: DaemonProcess, spa
 @pytest.mark.parametrize("bits", [1, 50, 2000])
 def test_defect_2_flipped_bits_at_a_restart(daemon: DaemonProcess, space: Namespace, saved: Keys, bits: int) -> None:
     """Anywhere in the file, its trees and the blocks' records included."""
-    for round_ in range(3):
+    for round_ in range(2):
         daemon.stop()
         flip(data_file(daemon), bits, seed=100 * bits + round_)
         daemon.start()

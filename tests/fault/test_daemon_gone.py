@@ -152,7 +152,7 @@ def test_a_client_that_fails_open_may_come_before_the_daemon(daemon: DaemonProce
         Client("unix:/nowhere/k.sock")
 
 
-@pytest.mark.parametrize("fail_open", [False, True])
+@pytest.mark.parametrize(("transport", "fail_open"), [("auto", True), ("grpc", False)])
 def test_a_daemon_killed_under_a_working_worker(
     daemon: DaemonProcess, start_worker: StartWorker, transport: str, fail_open: bool
 ) -> None:

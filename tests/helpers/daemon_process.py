@@ -46,7 +46,7 @@ class DaemonProcess:
             "warm_bytes": "64MiB",
             "cold_bytes": "256MiB",
             "hot_device": "off",
-            "drain_grace_s": 10,
+            "drain_grace_s": 4,
             **settings,
         }
         self._process: subprocess.Popen[bytes] | None = None
