@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import gc
 import logging
 import os
 import pwd
 import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from types import FrameType
 
 import click
 
+from kvstore import runtime
 from kvstore.config import Config
 from kvstore.core.block import COLD, HOT, WARM
 from kvstore.core.leaf_lru import LeafLru
@@ -32,12 +31,6 @@ from kvstore.transport.config import Limits, TransportConfig, TransportHooks
 from kvstore.transport.server import Transport
 from kvstore.v1 import agent_pb2
 
-# A one-key call must not wait behind another thread's bytecode for Python's usual 5 ms: at 0.1 ms it is handed the
-# interpreter fifty times sooner, and long copies release it anyway.
-_SWITCH_INTERVAL_S = 0.0001
-# A full collection walks every block's record with the interpreter held: 10 ms for 100,000 blocks, 0.1 s for a million.
-# Records are freed by reference counts; what cycles there are die young, and the two young generations find them.
-_GC_THRESHOLDS = (2_000, 5, 1_000_000)
 # Of the grace period: most of it belongs to the saving of blocks, and a worker reads a lease in milliseconds.
 _LEASE_SHARE = 0.25
 _LEASE_POLL_S = 0.02
@@ -63,8 +56,7 @@ def run(config: Config) -> None:
     stop = _stop_on_signals()
     with _locked(config.state_dir / "lock", f"state directory {config.state_dir}"), _owned_socket(config):
         _raise_descriptor_limit()
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        gc.set_threshold(*_GC_THRESHOLDS)
+        runtime.tune()
         for line in config.describe():
             _log.info("%s", line)
         daemon = Daemon(config)

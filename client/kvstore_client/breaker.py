@@ -46,7 +46,10 @@ class Breaker:
                 return
             self.is_open = True
         _log.warning("kvstored does not answer (%s); calls are misses until it does", error)
-        threading.Thread(target=self._run, name="kvstore-client-probe", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name="kvstore-client-probe", daemon=True).start()
+        except RuntimeError:  # no thread to be had: nobody would close it
+            self.is_open = False
 
     def stop(self) -> None:
         """End the probing thread."""

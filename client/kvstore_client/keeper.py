@@ -33,7 +33,11 @@ class Keeper:
         self._fd_lock = threading.Lock()
         self._renewed_s = time.monotonic()
         self._dozes = False
-        threading.Thread(target=self._run, name="kvstore-client-keeper", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name="kvstore-client-keeper", daemon=True).start()
+        except RuntimeError:  # no thread to be had
+            self.abandon()
+            raise
 
     def wake(self) -> None:
         """Make the thread look at its session now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import itertools
 import logging
 import threading
@@ -278,14 +278,22 @@ class Session:
     def _start_keeper(self) -> None:
         with self._keeper_lock:
             if self._keeper is None and self.lost_reason is None:
-                self._keeper = Keeper(self)
+                try:
+                    self._keeper = Keeper(self)
+                except (
+                    OSError,
+                    RuntimeError,
+                ) as error:  # no descriptor or thread to be had: the next lease tries again
+                    _log.warning("leases are not renewed while this client is silent: %s", error)
 
 
 def _hello(name: str) -> pb.HelloRequest:
     return pb.HelloRequest(protocol_version=PROTOCOL_VERSION, client_version=_version(), client_name=name)
 
 
+@functools.cache
 def _version() -> str:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version("kvtier")
-    return "unknown"
+    try:
+        return str(metadata.version("kvtier"))
+    except (metadata.PackageNotFoundError, OSError):  # OSError: no descriptor left to read it with
+        return "unknown"

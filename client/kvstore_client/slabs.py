@@ -125,7 +125,10 @@ class SlabCache:
         slab.is_populated = True
         self._to_populate.append(slab)
         if self._populating.acquire(blocking=False):
-            threading.Thread(target=self._populate, name="kvstore-client-populate", daemon=True).start()
+            try:
+                threading.Thread(target=self._populate, name="kvstore-client-populate", daemon=True).start()
+            except RuntimeError:  # no thread to be had; the first reads are slower then
+                self._populating.release()
 
     def _map(self, slab_ids: Sequence[int], deadline_s: float) -> None:
         reply, fds = self._link.map_slabs(pb.MapSlabsRequest(slab_ids=slab_ids), deadline_s)

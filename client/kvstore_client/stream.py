@@ -34,7 +34,10 @@ def connect(path: str, timeout_s: float) -> socket.socket:
         Unavailable: nobody listens there, or not in time.
         PermissionDenied: the socket's mode or group keeps this user out.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as error:  # no descriptor left
+        raise Unavailable(f"no socket to be had: {error.strerror}") from error
     try:
         sock.settimeout(max(timeout_s, 0.001))
         sock.connect(path)

@@ -48,7 +48,7 @@ def decode_items(payload: bytes, memory: MappedSlabs) -> list[TierItem]:
         place = SlabRange(message.range.slab_id, message.range.offset, message.range.nbytes)
         memory.check(place)
         items.append(
-            TierItem(_ref(message), place, message.checksum, message.parent, message.epoch, message.dtype),
+            TierItem(_ref(message), place, message.checksum, message.parent, message.epoch, message.layout),
         )
     return items
 

@@ -86,8 +86,8 @@ class FrameItem(Protocol):
         """Epoch of the namespace."""
 
     @property
-    def dtype(self) -> str:
-        """Dtype of the main tensor: decides the codec."""
+    def layout(self) -> str:
+        """What the bytes are, as KVLayout.text says it: decides the codec."""
 
 
 class FrameHeader(NamedTuple):
@@ -160,7 +160,7 @@ class FrameFormat:
         `item.checksum` is taken as it is: the caller has just checked the bytes against it.
         """
         codecs = self._local.codecs
-        codec = codecs.for_dtype(item.dtype)
+        codec = codecs.for_dtype(item.layout.partition(" ")[0])
         pieces = codec.encode(raw)
         if _size(pieces) > raw.nbytes - raw.nbytes // _MIN_SAVED - 1:
             codec = codecs.raw

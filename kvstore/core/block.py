@@ -135,6 +135,6 @@ class Namespace:
     slot_bytes: int
     block_tokens: int
     chain: bool
-    dtype: str = ""
+    layout: str = ""
     epoch: int = 0
     blocks: dict[bytes, Block] = field(default_factory=dict)

@@ -31,7 +31,7 @@ class NamespaceShape(NamedTuple):
     block_nbytes: int
     block_tokens: int
     chain: bool
-    dtype: str = ""
+    layout: str = ""
 
 
 class RecoveredBlock(NamedTuple):
@@ -83,7 +83,14 @@ class BlockCache:
                     f"{self.allocator.capacity_bytes} bytes; start the daemon with a larger --warm-bytes"
                 )
             namespace = Namespace(
-                digest, shape.tenant, shape.block_nbytes, slot_size, shape.block_tokens, shape.chain, shape.dtype, epoch
+                digest,
+                shape.tenant,
+                shape.block_nbytes,
+                slot_size,
+                shape.block_tokens,
+                shape.chain,
+                shape.layout,
+                epoch,
             )
             self.index.namespaces[digest] = namespace
         return namespace

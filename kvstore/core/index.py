@@ -8,10 +8,14 @@ what hangs below it is marked orphan, counts as absent, and is found again once 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import repeat
+from operator import attrgetter
 
 from kvstore.core.block import Block, Namespace
 
 KEY_BYTES = 32
+
+_KEY = attrgetter("key")
 
 
 def split_keys(keys: bytes) -> list[bytes]:
@@ -64,11 +68,14 @@ class Index:
         found = self.prefix(namespace, keys) if namespace.chain else 0
         above: list[Block] = []
         block = self._present(namespace, keys, found - 1) if found else None
-        while block is not None and len(above) < found:
-            above.append(block)
+        append = above.append
+        for _ in repeat(None, found):
+            if block is None:
+                break
+            append(block)
             block = block.parent
         above.reverse()
-        if above and b"".join([block.key for block in above]) == keys[: found * KEY_BYTES]:
+        if above and b"".join(map(_KEY, above)) == keys[: found * KEY_BYTES]:
             return above
         return self._linear(namespace, keys)
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise, repeat
 from math import lcm
+from operator import attrgetter
 from typing import NamedTuple
 
 from kvstore.core.block import COLD, HOT, WARM, Block, Namespace
@@ -13,6 +14,8 @@ from kvstore.core.index import KEY_BYTES, Index, split_keys
 from kvstore.core.leases import Lease, LeasePart, LeaseTable
 from kvstore.core.residency import Residency
 from kvstore.core.slots import Slot, SlotState
+
+_SLOT = attrgetter("slot")
 
 
 class MatchResult(NamedTuple):
@@ -220,8 +223,8 @@ class Reads:
 
     def _pin(self, part: LeasePart) -> list[Slot | None]:
         """Pin the slots that a part's blocks have; returns one entry a block."""
-        slots = [block.slot for block in part.blocks]
-        part.slots = [slot for slot in slots if slot is not None]
+        slots: list[Slot | None] = list(map(_SLOT, part.blocks))
+        part.slots = list(filter(None, slots))
         for slot in part.slots:
             slot.pins += 1
         if self._residency.up[HOT]:

@@ -209,7 +209,7 @@ def _split(items: Sequence[TierItem], frame_bytes: int) -> Iterator[tuple[bytes,
             checksum=item.checksum,
             parent=item.parent,
             epoch=item.epoch,
-            dtype=item.dtype,
+            layout=item.layout,
         )
     if message.items:
         yield _payload(message), len(message.items), nbytes

@@ -323,7 +323,7 @@ class Mover:
         above = block.parent  # read once: a delete may unlink it at any moment
         parent = above.key if above is not None else b""
         ref = BlockRef(namespace.digest, block.key)
-        return TierItem(ref, place, block.checksum, parent, block.epoch, namespace.dtype)
+        return TierItem(ref, place, block.checksum, parent, block.epoch, namespace.layout)
 
     def _map(self, slab_ids: set[int], tier: int) -> None:
         """Pass slabs that the agent has not seen; it must know a slab before a frame names it."""

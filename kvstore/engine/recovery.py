@@ -48,8 +48,7 @@ def scan_records(cold: DurableTier) -> list[StoredRecord]:
 
 def shape_of(tenant: str, spec: NamespaceSpec) -> NamespaceShape:
     """What the core needs of a specification."""
-    dtype = spec.layout.tensors[0].dtype if spec.layout.tensors else ""
-    return NamespaceShape(tenant, spec.block_nbytes, spec.block_tokens, spec.kind == "chain", dtype)
+    return NamespaceShape(tenant, spec.block_nbytes, spec.block_tokens, spec.kind == "chain", spec.layout.text)
 
 
 def recover(cache: BlockCache, catalogue: Catalogue, records: Iterable[StoredRecord]) -> Recovered:

@@ -29,7 +29,7 @@ from kvstore.core.slabs import SlabState, SlotRef
 from kvstore.engine.catalogue import Catalogue
 from kvstore.engine.checking import Checker
 from kvstore.engine.mover import AgentedTier, DurableTier, Mover
-from kvstore.engine.putting import copy_in, source_of
+from kvstore.engine.putting import Source, copy_in, source_of
 from kvstore.engine.recovery import recover, scan_records, shape_of
 from kvstore.engine.replies import lease_reply
 from kvstore.engine.sessions import Peer, Session, Sessions
@@ -47,6 +47,7 @@ _COLD_FILL = 0.85
 _HANDOFF_TOKEN_BYTES = 16
 _BULK_KEYS = 48
 _SMALL_BLOCK_BYTES = 64 << 10
+_NO_GATE = contextlib.nullcontext()
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class Store:
         self._clock = clock
         self._lock = threading.Lock()
         self._clearing = threading.Lock()
-        self._bulk = threading.Lock()  # taken before _lock, see _gate
+        self._bulk = threading.RLock()  # taken before _lock, see _gate
         limits = Limits(
             config.warm_bytes, int(config.cold_bytes * _COLD_FILL), config.hot_bytes, config.tenant_bytes, config.policy
         )
@@ -158,6 +159,10 @@ class Store:
         for medium in self._mover.states().values():
             medium.close()
         self._slabs.close()
+
+    def bulk(self, nbytes: int) -> contextlib.AbstractContextManager[object]:
+        """What to hold while a message of `nbytes` is parsed and answered, by any thread, at any depth."""
+        return self._gate(nbytes // KEY_BYTES)
 
     # -- sessions ---------------------------------------------------------------------------------------------
 
@@ -274,13 +279,12 @@ class Store:
         """Pin what is stored, start to load its cold part, and say where everything lies."""
         if not groups:
             raise InvalidRequest("acquire needs at least one group of keys")
-        with self._gate(sum(len(keys) for _, keys, _ in groups) // KEY_BYTES):
-            asked = [self._group(session, *group) for group in groups]
-            with self._lock:
-                lease = self._cache.reads.acquire(session.id, session.tenant, asked, self._clock())
-                self._mover.kick_loads()
-                self._note_shortage()
-            reply = lease_reply(lease) if lease is not None else kvstore_pb2.LeaseReply()
+        asked = [self._group(session, *group) for group in groups]
+        with self._lock:
+            lease = self._cache.reads.acquire(session.id, session.tenant, asked, self._clock())
+            self._mover.kick_loads()
+            self._note_shortage()
+        reply = lease_reply(lease) if lease is not None else kvstore_pb2.LeaseReply()
         self._mover.kick_saves()
         return reply
 
@@ -355,30 +359,38 @@ class Store:
             return b"", b""
         staging = session.staging
         source = source_of(request, None if staging is None else staging.array, len(keys), namespace.block_nbytes)
-        plan = self._begin_put(namespace, request.parent, keys, deadline_s)
-        try:
-            # Copies of small blocks are mostly bytecode too.
-            with self._gate(len(keys) if namespace.block_nbytes <= _SMALL_BLOCK_BYTES else 0):
-                copy_in(plan.items, source, self._pool, deadline_s)
-        finally:
+        with self._gate(len(keys)):
+            plan = self._begin_put(namespace, request.parent, keys)
+            carried = plan is not None and namespace.block_nbytes <= _SMALL_BLOCK_BYTES
+            if plan is not None and carried:  # copies of small blocks are mostly bytecode too
+                self._carry_out(plan, source, deadline_s)
+        if plan is None:
+            with self._lock:
+                self._slabs.await_slabs(namespace, min(_ROOM_WAIT_S, max(0.0, deadline_s - self._clock())))
             with self._gate(len(keys)), self._lock:
-                self._cache.puts.finish(plan)
+                plan = self._cache.puts.begin(namespace, request.parent, keys)
+        if not carried:
+            self._carry_out(plan, source, deadline_s)
         self._mover.kick_saves()
         return bytes(item.status for item in plan.items), bytes(item.reason for item in plan.items)
 
-    def _begin_put(self, namespace: Namespace, parent: bytes, keys: list[bytes], deadline_s: float) -> PutPlan:
-        """Take slots; where there are too few because a slab must first change hands, wait for that a moment."""
-        with self._gate(len(keys)), self._lock:
+    def _begin_put(self, namespace: Namespace, parent: bytes, keys: list[bytes]) -> PutPlan | None:
+        """Take slots; None where there are too few because a slab must first change hands, which has been asked for."""
+        with self._lock:
             plan = self._cache.puts.begin(namespace, parent, keys)
             self._slabs.balance()
             if all(item.reason != Reject.NO_ROOM for item in plan.items):
                 return plan
             self._cache.puts.cancel(plan)
             self._slabs.starve(namespace, len(keys))
-        with self._lock:
-            self._slabs.await_slabs(namespace, min(_ROOM_WAIT_S, max(0.0, deadline_s - self._clock())))
-        with self._gate(len(keys)), self._lock:
-            return self._cache.puts.begin(namespace, parent, keys)
+            return None
+
+    def _carry_out(self, plan: PutPlan, source: Source, deadline_s: float) -> None:
+        try:
+            copy_in(plan.items, source, self._pool, deadline_s)
+        finally:
+            with self._gate(len(plan.items)), self._lock:
+                self._cache.puts.finish(plan)
 
     # -- admin ------------------------------------------------------------------------------------------------
 
@@ -439,15 +451,13 @@ class Store:
         Python hands its interpreter lock to any of the threads that wait for it: a one-key call among six busy
         threads was unlucky for 5 ms in one case of a hundred. Large calls take milliseconds anyway and can queue.
         """
-        return self._bulk if keys > _BULK_KEYS else contextlib.nullcontext()
+        return self._bulk if keys > _BULK_KEYS else _NO_GATE
 
     def _namespace(self, session: Session, digest: bytes) -> Namespace:
         return self._cache.namespace(digest, session.tenant)
 
     def _group(self, session: Session, digest: bytes, keys: bytes, mode: int) -> AcquireGroup:
-        namespace = self._namespace(session, digest)
-        last = mode == kvstore_pb2.ACQUIRE_MODE_LAST
-        return AcquireGroup(namespace, keys, last)
+        return AcquireGroup(self._namespace(session, digest), keys, mode == kvstore_pb2.ACQUIRE_MODE_LAST)
 
     def _owned(self, slab_id: int, tenant: str) -> bool:
         """Whether the slab may be passed to the tenant; one that retires is closed without the lock."""

@@ -17,6 +17,7 @@ MAX_STRING_BYTES = 1024
 MAX_TENSORS = 4096
 MAX_AXES = 16
 MAX_AXIS_SIZE = 1 << 32
+MAX_TEXT_CHARS = 512
 
 ITEM_BYTES = {
     "bfloat16": 2,
@@ -161,6 +162,26 @@ class KVLayout:
         object.__setattr__(self, "tensors", specs)
         object.__setattr__(self, "offsets", offsets)
         object.__setattr__(self, "nbytes", nbytes)
+
+    @property
+    def text(self) -> str:
+        """The tensors in order, as `bfloat16 kv=2 layer=6 token=64 head=12 dim=32`, with "; " between two.
+
+        A hint for codecs: at most MAX_TEXT_CHARS; a layout that would be longer says only the first tensor's dtype.
+        """
+        tensors = (
+            " ".join(
+                (spec.dtype, *(f"{axis}={size}" for axis, size in zip(spec.axes.split(), spec.shape, strict=True)))
+            )
+            for spec in self.tensors
+        )
+        text = "; ".join(tensors)
+        return text if len(text) <= MAX_TEXT_CHARS else self.tensors[0].dtype
+
+
+def _in_words(spec: TensorSpec) -> str:
+    sizes = (f"{axis}={size}" for axis, size in zip(spec.axes.split(), spec.shape, strict=True))
+    return " ".join((spec.dtype, *sizes))
 
 
 def _place(tensors: Iterable[TensorSpec]) -> tuple[tuple[int, ...], int]:

@@ -56,7 +56,7 @@ class TierItem(NamedTuple):
     checksum: bytes
     parent: bytes = b""  # empty: the root (write only, kept for recovery)
     epoch: int = 0  # of the namespace (write only, kept for recovery)
-    dtype: str = ""  # of the block's main tensor (write only, a hint for the codec)
+    layout: str = ""  # what the bytes are, as KVLayout.text says it (write only, a hint for the codec)
 
 
 class WriteResult(NamedTuple):

@@ -88,7 +88,7 @@ class Rig:
         checksum = block_checksum(self.memory.view(place))
         parent = _digest(f"key {number - 1}") if number else b""
         ref = BlockRef(_digest(f"namespace {namespace}"), _digest(f"key {number}"))
-        return TierItem(ref, place, checksum, parent, epoch=7 + version, dtype="bfloat16")
+        return TierItem(ref, place, checksum, parent, epoch=7 + version, layout="bfloat16")
 
     def target(self, item: TierItem) -> TierItem:
         """The same block, to be read into a fresh range with a guard byte on either side."""

@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MADV_POPULATE_WRITE = 23
 _FALLOC_KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02
-# MAP_POPULATE of 2 GiB held every Python thread for seconds; in steps of 8 MiB the worst stall was 12 ms.
-_POPULATE_STEP_BYTES = 8 << 20
+# While pages are taken the kernel holds the address space's lock, and a thread that then grows the heap waits for it
+# with the GIL held: steps of 8 MiB stalled every thread for 2 to 12 ms, again and again.
+_POPULATE_STEP_BYTES = 256 << 10
+_MLOCK_ONFAULT = 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mlock2.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
@@ -78,8 +80,11 @@ class Segment:
         return True
 
     def lock(self) -> str:
-        """Lock the pages into RAM; returns why not, or an empty string."""
-        if _libc.mlock(self.array.ctypes.data, self.nbytes) == 0:
+        """Lock the pages into RAM as they are taken, so before populate; returns why not, or an empty string.
+
+        To lock pages that are there already takes the address space's lock for writing for as long as that lasts.
+        """
+        if _libc.mlock2(self.array.ctypes.data, self.nbytes, _MLOCK_ONFAULT) == 0:
             return ""
         return os.strerror(ctypes.get_errno())
 

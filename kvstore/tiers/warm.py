@@ -65,11 +65,11 @@ class WarmPool:
         slab = self._slabs.get(slab_id)
         if slab is None or slab.populated:
             return
-        slab.segment.populate()
         if self._lock_pages:
             refused = slab.segment.lock()
             self.lock_state = f"not mlocked: {refused}" if refused else "mlocked"
             self._lock_pages = not refused
+        slab.segment.populate()
         slab.populated = True
         self.populated_bytes += slab.geometry.segment_bytes
 

@@ -11,6 +11,7 @@ A session is opaque to the transports but for the attributes of `SessionView`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from kvstore.protocol.namespace import NamespaceSpec
@@ -120,6 +121,9 @@ class MatchView(Protocol):
 
 class DataEngine(Protocol):
     """What a worker's calls need."""
+
+    def bulk(self, nbytes: int) -> AbstractContextManager[object]:
+        """What to hold while a message of `nbytes` is parsed and answered: long ones come one at a time."""
 
     def open_session(self, peer: PeerHandle, name: str, tenant: str) -> SessionView:
         """Begin a session for `peer` (pid, uid, gid) that calls itself `name`."""

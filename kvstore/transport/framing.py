@@ -54,6 +54,7 @@ class FrameReader:
 
     def __init__(self, sock: socket.socket, spin_s: float) -> None:
         self._recv = sock.recv
+        self._recv_into = sock.recv_into
         self._spin_s = spin_s
         self._rest = b""  # received beyond the last frame
 
@@ -107,14 +108,19 @@ class FrameReader:
         return data
 
     def _read_to(self, data: bytes, count: int) -> bytes:
-        """Go on reading until `count` bytes are there (more may come)."""
-        pieces = [data]
+        """Read on until exactly `count` bytes are there."""
+        buffer = bytearray(count)
         have = len(data)
-        while have < count:
-            piece = self._read()
-            pieces.append(piece)
-            have += len(piece)
-        return b"".join(pieces)
+        buffer[:have] = data
+        while have < count:  # once, but for a signal or an ending connection: each turn must win the GIL back
+            try:
+                got = self._recv_into(memoryview(buffer)[have:], 0, socket.MSG_WAITALL)
+            except OSError as error:
+                raise Unavailable(f"connection lost while receiving: {error}") from error
+            if not got:
+                raise Unavailable("the peer closed the connection")
+            have += got
+        return bytes(buffer)
 
 
 class ReplyWriter:

@@ -41,21 +41,22 @@ class Handlers:
 
     def methods(self) -> dict[str, MethodSpec]:
         """Every method of the service by name."""
+        gate = self._engine.bulk
         specs = (
             MethodSpec("OpenSession", pb.OpenSessionRequest, pb.OpenSessionResponse, self.open_session),
             MethodSpec("OpenNamespace", pb.OpenNamespaceRequest, pb.OpenNamespaceResponse, self.open_namespace),
             MethodSpec("MapSlabs", pb.MapSlabsRequest, pb.MapSlabsResponse, self._map_slabs_reply, Kind.DESCRIPTORS),
-            MethodSpec("Match", pb.MatchRequest, pb.MatchResponse, self.match),
-            MethodSpec("Exists", pb.ExistsRequest, pb.ExistsResponse, self.exists),
-            MethodSpec("Acquire", pb.AcquireRequest, pb.LeaseReply, self.acquire),
+            MethodSpec("Match", pb.MatchRequest, pb.MatchResponse, self.match, gate=gate),
+            MethodSpec("Exists", pb.ExistsRequest, pb.ExistsResponse, self.exists, gate=gate),
+            MethodSpec("Acquire", pb.AcquireRequest, pb.LeaseReply, self.acquire, gate=gate),
             MethodSpec("Wait", pb.WaitRequest, pb.WaitResponse, self.wait, Kind.WAIT),
             MethodSpec("Renew", pb.RenewRequest, pb.RenewResponse, self.renew),
             MethodSpec("Release", pb.ReleaseRequest, pb.ReleaseResponse, self.release),
             MethodSpec("Handoff", pb.HandoffRequest, pb.HandoffResponse, self.handoff),
             MethodSpec("Adopt", pb.AdoptRequest, pb.LeaseReply, self.adopt),
             MethodSpec("Put", pb.PutRequest, pb.PutResponse, self.put, Kind.PUT),
-            MethodSpec("Prefetch", pb.PrefetchRequest, pb.PrefetchResponse, self.prefetch),
-            MethodSpec("Delete", pb.DeleteRequest, pb.DeleteResponse, self.delete),
+            MethodSpec("Prefetch", pb.PrefetchRequest, pb.PrefetchResponse, self.prefetch, gate=gate),
+            MethodSpec("Delete", pb.DeleteRequest, pb.DeleteResponse, self.delete, gate=gate),
             MethodSpec("Clear", pb.ClearRequest, pb.ClearResponse, self.clear),
         )
         return {spec.name: spec for spec in specs}

@@ -21,6 +21,14 @@ log = logging.getLogger(__name__)
 
 # (request, session, deadline in time.monotonic seconds) -> response. The request's type is the spec's.
 Handler: TypeAlias = Callable[[Any, SessionView, float], Message]
+# What to hold while a request of so many bytes is parsed and answered.
+Gate: TypeAlias = Callable[[int], contextlib.AbstractContextManager[object]]
+
+_NOTHING = contextlib.nullcontext()
+
+
+def _no_gate(nbytes: int) -> contextlib.AbstractContextManager[object]:
+    return _NOTHING
 
 
 class Kind(IntEnum):
@@ -41,6 +49,7 @@ class MethodSpec:
     response: type[Message]
     handle: Handler
     kind: Kind = Kind.INLINE
+    gate: Gate = _no_gate
 
 
 Methods: TypeAlias = Mapping[str, MethodSpec]
@@ -65,7 +74,8 @@ def answer(spec: MethodSpec, payload: bytes, session: SessionView, deadline_s: f
         KVStoreError: and nothing else; a defect becomes InternalError and is logged with its traceback.
     """
     try:
-        return spec.handle(parse(spec, payload), session, deadline_s).SerializeToString()
+        with spec.gate(len(payload)):
+            return spec.handle(parse(spec, payload), session, deadline_s).SerializeToString()
     except KVStoreError:
         raise
     except Exception as error:  # noqa: BLE001 - a defect in one call must not end the session, nor show a peer our insides

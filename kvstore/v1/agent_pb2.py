@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvstore/v1/agent.proto\x12\nkvstore.v1\"x\n\x0b\x41gentConfig\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x16\n\x0ereader_threads\x18\x05 \x01(\x04\x12\r\n\x05\x63odec\x18\x06 \x01(\t\"+\n\nAgentReady\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"6\n\x0c\x41gentMapSlab\x12\x0f\n\x07slab_id\x18\x01 \x01(\x04\x12\x15\n\rsegment_bytes\x18\x02 \x01(\x04\"!\n\x0e\x41gentUnmapSlab\x12\x0f\n\x07slab_id\x18\x01 \x01(\x04\"<\n\tSlabRange\x12\x0f\n\x07slab_id\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\"\x91\x01\n\tAgentItem\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12$\n\x05range\x18\x03 \x01(\x0b\x32\x15.kvstore.v1.SlabRange\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x0c\x12\x0e\n\x06parent\x18\x05 \x01(\x0c\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\r\n\x05\x64type\x18\x07 \x01(\t\"2\n\nAgentItems\x12$\n\x05items\x18\x01 \x03(\x0b\x32\x15.kvstore.v1.AgentItem\"5\n\x0c\x41gentOutcome\x12\x0f\n\x07outcome\x18\x01 \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x02 \x01(\x04\";\n\rAgentOutcomes\x12*\n\x08outcomes\x18\x01 \x03(\x0b\x32\x18.kvstore.v1.AgentOutcome\"0\n\x10\x41gentScanRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x0c\x12\r\n\x05limit\x18\x02 \x01(\x04\"\x84\x01\n\x0b\x41gentRecord\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\x0e\n\x06parent\x18\x03 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x0c\x12\x0e\n\x06nbytes\x18\x05 \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x06 \x01(\x04\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\"=\n\x11\x41gentScanResponse\x12(\n\x07records\x18\x01 \x03(\x0b\x32\x17.kvstore.v1.AgentRecord\"\x13\n\x11\x41gentStatsRequest\"\x7f\n\x12\x41gentStatsResponse\x12:\n\x06values\x18\x01 \x03(\x0b\x32*.kvstore.v1.AgentStatsResponse.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x13\n\x11\x41gentFlushRequest\"\x14\n\x12\x41gentFlushResponse\"\x13\n\x11\x41gentCloseRequest\"\x14\n\x12\x41gentCloseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvstore/v1/agent.proto\x12\nkvstore.v1\"x\n\x0b\x41gentConfig\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x16\n\x0ereader_threads\x18\x05 \x01(\x04\x12\r\n\x05\x63odec\x18\x06 \x01(\t\"+\n\nAgentReady\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"6\n\x0c\x41gentMapSlab\x12\x0f\n\x07slab_id\x18\x01 \x01(\x04\x12\x15\n\rsegment_bytes\x18\x02 \x01(\x04\"!\n\x0e\x41gentUnmapSlab\x12\x0f\n\x07slab_id\x18\x01 \x01(\x04\"<\n\tSlabRange\x12\x0f\n\x07slab_id\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\"\x92\x01\n\tAgentItem\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12$\n\x05range\x18\x03 \x01(\x0b\x32\x15.kvstore.v1.SlabRange\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x0c\x12\x0e\n\x06parent\x18\x05 \x01(\x0c\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x0e\n\x06layout\x18\x07 \x01(\t\"2\n\nAgentItems\x12$\n\x05items\x18\x01 \x03(\x0b\x32\x15.kvstore.v1.AgentItem\"5\n\x0c\x41gentOutcome\x12\x0f\n\x07outcome\x18\x01 \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x02 \x01(\x04\";\n\rAgentOutcomes\x12*\n\x08outcomes\x18\x01 \x03(\x0b\x32\x18.kvstore.v1.AgentOutcome\"0\n\x10\x41gentScanRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x0c\x12\r\n\x05limit\x18\x02 \x01(\x04\"\x84\x01\n\x0b\x41gentRecord\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\x0e\n\x06parent\x18\x03 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x0c\x12\x0e\n\x06nbytes\x18\x05 \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x06 \x01(\x04\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\"=\n\x11\x41gentScanResponse\x12(\n\x07records\x18\x01 \x03(\x0b\x32\x17.kvstore.v1.AgentRecord\"\x13\n\x11\x41gentStatsRequest\"\x7f\n\x12\x41gentStatsResponse\x12:\n\x06values\x18\x01 \x03(\x0b\x32*.kvstore.v1.AgentStatsResponse.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x13\n\x11\x41gentFlushRequest\"\x14\n\x12\x41gentFlushResponse\"\x13\n\x11\x41gentCloseRequest\"\x14\n\x12\x41gentCloseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,31 +44,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SLABRANGE']._serialized_start=296
   _globals['_SLABRANGE']._serialized_end=356
   _globals['_AGENTITEM']._serialized_start=359
-  _globals['_AGENTITEM']._serialized_end=504
-  _globals['_AGENTITEMS']._serialized_start=506
-  _globals['_AGENTITEMS']._serialized_end=556
-  _globals['_AGENTOUTCOME']._serialized_start=558
-  _globals['_AGENTOUTCOME']._serialized_end=611
-  _globals['_AGENTOUTCOMES']._serialized_start=613
-  _globals['_AGENTOUTCOMES']._serialized_end=672
-  _globals['_AGENTSCANREQUEST']._serialized_start=674
-  _globals['_AGENTSCANREQUEST']._serialized_end=722
-  _globals['_AGENTRECORD']._serialized_start=725
-  _globals['_AGENTRECORD']._serialized_end=857
-  _globals['_AGENTSCANRESPONSE']._serialized_start=859
-  _globals['_AGENTSCANRESPONSE']._serialized_end=920
-  _globals['_AGENTSTATSREQUEST']._serialized_start=922
-  _globals['_AGENTSTATSREQUEST']._serialized_end=941
-  _globals['_AGENTSTATSRESPONSE']._serialized_start=943
-  _globals['_AGENTSTATSRESPONSE']._serialized_end=1070
-  _globals['_AGENTSTATSRESPONSE_VALUESENTRY']._serialized_start=1025
-  _globals['_AGENTSTATSRESPONSE_VALUESENTRY']._serialized_end=1070
-  _globals['_AGENTFLUSHREQUEST']._serialized_start=1072
-  _globals['_AGENTFLUSHREQUEST']._serialized_end=1091
-  _globals['_AGENTFLUSHRESPONSE']._serialized_start=1093
-  _globals['_AGENTFLUSHRESPONSE']._serialized_end=1113
-  _globals['_AGENTCLOSEREQUEST']._serialized_start=1115
-  _globals['_AGENTCLOSEREQUEST']._serialized_end=1134
-  _globals['_AGENTCLOSERESPONSE']._serialized_start=1136
-  _globals['_AGENTCLOSERESPONSE']._serialized_end=1156
+  _globals['_AGENTITEM']._serialized_end=505
+  _globals['_AGENTITEMS']._serialized_start=507
+  _globals['_AGENTITEMS']._serialized_end=557
+  _globals['_AGENTOUTCOME']._serialized_start=559
+  _globals['_AGENTOUTCOME']._serialized_end=612
+  _globals['_AGENTOUTCOMES']._serialized_start=614
+  _globals['_AGENTOUTCOMES']._serialized_end=673
+  _globals['_AGENTSCANREQUEST']._serialized_start=675
+  _globals['_AGENTSCANREQUEST']._serialized_end=723
+  _globals['_AGENTRECORD']._serialized_start=726
+  _globals['_AGENTRECORD']._serialized_end=858
+  _globals['_AGENTSCANRESPONSE']._serialized_start=860
+  _globals['_AGENTSCANRESPONSE']._serialized_end=921
+  _globals['_AGENTSTATSREQUEST']._serialized_start=923
+  _globals['_AGENTSTATSREQUEST']._serialized_end=942
+  _globals['_AGENTSTATSRESPONSE']._serialized_start=944
+  _globals['_AGENTSTATSRESPONSE']._serialized_end=1071
+  _globals['_AGENTSTATSRESPONSE_VALUESENTRY']._serialized_start=1026
+  _globals['_AGENTSTATSRESPONSE_VALUESENTRY']._serialized_end=1071
+  _globals['_AGENTFLUSHREQUEST']._serialized_start=1073
+  _globals['_AGENTFLUSHREQUEST']._serialized_end=1092
+  _globals['_AGENTFLUSHRESPONSE']._serialized_start=1094
+  _globals['_AGENTFLUSHRESPONSE']._serialized_end=1114
+  _globals['_AGENTCLOSEREQUEST']._serialized_start=1116
+  _globals['_AGENTCLOSEREQUEST']._serialized_end=1135
+  _globals['_AGENTCLOSERESPONSE']._serialized_start=1137
+  _globals['_AGENTCLOSERESPONSE']._serialized_end=1157
 # @@protoc_insertion_point(module_scope)

@@ -135,7 +135,7 @@ class AgentItem(google.protobuf.message.Message):
     CHECKSUM_FIELD_NUMBER: builtins.int
     PARENT_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
-    DTYPE_FIELD_NUMBER: builtins.int
+    LAYOUT_FIELD_NUMBER: builtins.int
     namespace: builtins.bytes
     key: builtins.bytes
     checksum: builtins.bytes
@@ -143,8 +143,8 @@ class AgentItem(google.protobuf.message.Message):
     parent: builtins.bytes
     """write only; empty: the root"""
     epoch: builtins.int
-    dtype: builtins.str
-    """write only: hint for the codec"""
+    layout: builtins.str
+    """write only: what the bytes are, as KVLayout.text says it"""
     @property
     def range(self) -> global___SlabRange:
         """write: source; read: destination"""
@@ -158,10 +158,10 @@ class AgentItem(google.protobuf.message.Message):
         checksum: builtins.bytes = ...,
         parent: builtins.bytes = ...,
         epoch: builtins.int = ...,
-        dtype: builtins.str = ...,
+        layout: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["range", b"range"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checksum", b"checksum", "dtype", b"dtype", "epoch", b"epoch", "key", b"key", "namespace", b"namespace", "parent", b"parent", "range", b"range"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checksum", b"checksum", "epoch", b"epoch", "key", b"key", "layout", b"layout", "namespace", b"namespace", "parent", b"parent", "range", b"range"]) -> None: ...
 
 global___AgentItem = AgentItem
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -89,6 +90,9 @@ class FakeEngine:
         session.closed.set()
         with self.readiness:
             self.readiness.notify_all()
+
+    def bulk(self, nbytes: int) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
 
     def touch(self, session: FakeSession) -> None:
         session.touches += 1

@@ -34,7 +34,7 @@ def item_message() -> agent_pb2.AgentItem:
         checksum=b"c" * 16,
         parent=b"p" * 32,
         epoch=1 << 63,
-        dtype="bfloat16",
+        layout="bfloat16",
     )
 
 

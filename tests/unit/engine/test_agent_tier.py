@@ -92,7 +92,7 @@ def late_agent() -> Iterator[FakeAgent]:
 
 def item(number: int, nbytes: int = 100) -> TierItem:
     ref = BlockRef(b"n" * 32, number.to_bytes(32, "big"))
-    return TierItem(ref, SlabRange(number, 4096, nbytes), b"c" * 16, b"p" * 32, epoch=7, dtype="bfloat16")
+    return TierItem(ref, SlabRange(number, 4096, nbytes), b"c" * 16, b"p" * 32, epoch=7, layout="bfloat16")
 
 
 def items(count: int, nbytes: int = 100) -> list[TierItem]:
@@ -107,7 +107,7 @@ def test_what_is_sent_is_what_was_asked(agent: FakeAgent) -> None:
     (sent,) = agent_pb2.AgentItems.FromString(write.payload).items
     assert (sent.namespace, sent.key) == item(5).ref
     assert (sent.range.slab_id, sent.range.offset, sent.range.nbytes) == item(5).range
-    assert (sent.checksum, sent.parent, sent.epoch, sent.dtype) == item(5)[2:]
+    assert (sent.checksum, sent.parent, sent.epoch, sent.layout) == item(5)[2:]
 
 
 def test_an_empty_batch_is_not_sent(agent: FakeAgent) -> None:
@@ -146,7 +146,7 @@ def test_frames_stay_small_whatever_the_number_of_blocks(agent: FakeAgent) -> No
 
 
 def test_a_batch_that_cannot_be_sent_is_refused_before_anything_is(agent: FakeAgent) -> None:
-    absurd = [item(1, READ_FRAME_BYTES), item(2)._replace(dtype="x" * (MAX_PAYLOAD_BYTES + 1))]
+    absurd = [item(1, READ_FRAME_BYTES), item(2)._replace(layout="x" * (MAX_PAYLOAD_BYTES + 1))]
     with pytest.raises(InvalidRequest, match="absurdly long"):
         agent.tier.read(absurd)
     assert agent.seen == []

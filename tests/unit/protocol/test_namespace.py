@@ -224,3 +224,10 @@ def test_a_block_is_at_most_a_gibibyte() -> None:
 def test_a_window_may_be_shorter_than_the_block_and_in_a_set_longer() -> None:
     assert make(block_tokens=64).block_nbytes == 2 << 20
     assert make(block_tokens=1, kind="set").block_nbytes == 2 << 20
+
+
+def test_a_layout_in_words() -> None:
+    pair = KVLayout([TensorSpec("kv", "bfloat16", (2, 16), "kv token"), TensorSpec("i", "int8", (3,), "dim")])
+    assert pair.text == "bfloat16 kv=2 token=16; int8 dim=3"
+    many = KVLayout([TensorSpec(f"t{i}", "float16", (2, 16), "kv token") for i in range(100)])
+    assert many.text == "float16"
