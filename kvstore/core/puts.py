@@ -83,7 +83,11 @@ class Puts:
             return plan
         wanted = self._new_items(plan)
         self._hold_parent(plan)
-        slots = self._residency.take(namespace, len(wanted), plan)
+        try:
+            slots = self._residency.take(namespace, len(wanted), plan)
+        except BaseException:  # as MemoryError: the pin must not outlive it
+            self._let_go(plan)
+            raise
         for item, slot in zip(wanted, slots, strict=False):
             item.slot = slot
         if len(slots) < len(wanted):

@@ -107,14 +107,25 @@ class Reads:
         found = (index.find(namespace, key) for key in split_keys(keys))
         return bytes(1 if block is not None and residency.available(block) else 0 for block in found)
 
-    def acquire(self, session_id: int, tenant: str, groups: Sequence[AcquireGroup], now_s: float) -> Lease | None:
-        """Pin the longest position that every group can serve; None where there is none.
+    def foresee(self, groups: Sequence[AcquireGroup]) -> int | None:
+        """Where acquire may begin to look, in tokens; None: at the end of the keys. As safe beside others as peek.
+
+        Of a group that asks for its last block only, every position may have to be tried: 0.1 s for 131,072 keys.
+        """
+        if not any(group.last for group in groups):
+            return None
+        return self._position(groups, _unit(groups), None)
+
+    def acquire(
+        self, session_id: int, tenant: str, groups: Sequence[AcquireGroup], now_s: float, below: int | None = None
+    ) -> Lease | None:
+        """Pin the longest position that every group can serve, at most `below` tokens; None where there is none.
 
         Slots for everything that must be loaded are reserved at once, and the promise is cut to what was reserved.
         """
         self.lookups += sum(len(group.keys) // KEY_BYTES for group in groups)
-        unit = lcm(*(group.namespace.block_tokens for group in groups))
-        tokens = self._position(groups, unit, None)
+        unit = _unit(groups)
+        tokens = self._position(groups, unit, below)
         while tokens:
             parts = [self._part(group, tokens) for group in groups]
             pinned = [self._pin(part) for part in parts]  # all of them before room is made for one
@@ -298,3 +309,8 @@ class Reads:
             for block, child in pairwise(part.blocks[start:stop]):
                 if not child.copies & WARM:
                     offer(block)
+
+
+def _unit(groups: Sequence[AcquireGroup]) -> int:
+    """Positions that all groups have, in tokens, are multiples of this."""
+    return lcm(*(group.namespace.block_tokens for group in groups))

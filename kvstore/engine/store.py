@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from kvstore.core.block import COLD, HOT, WARM, Namespace
+from kvstore.core.block import COLD, HOT, Namespace
 from kvstore.core.cache import BlockCache, CacheConfig
 from kvstore.core.index import KEY_BYTES, split_keys
 from kvstore.core.leaf_lru import LeafLru
@@ -29,6 +29,7 @@ from kvstore.core.slabs import SlabState, SlotRef
 from kvstore.engine.catalogue import Catalogue
 from kvstore.engine.checking import Checker
 from kvstore.engine.mover import AgentedTier, DurableTier, Mover
+from kvstore.engine.operations import Operations
 from kvstore.engine.putting import Source, copy_in, source_of
 from kvstore.engine.recovery import recover, scan_records, shape_of
 from kvstore.engine.replies import lease_reply
@@ -38,7 +39,7 @@ from kvstore.engine.snapshot import Snapshots
 from kvstore.protocol.errors import InvalidRequest, KVStoreError, LeaseExpired, QuotaExceeded, Unavailable
 from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.tiers.warm import SlabInfo, WarmPool
-from kvstore.v1 import admin_pb2, kvstore_pb2
+from kvstore.v1 import kvstore_pb2
 
 _TICK_S = 1.0
 _ROOM_WAIT_S = 1.0  # a put's longest wait for a slab that is being made for it
@@ -69,7 +70,7 @@ class StoreConfig:
     version: str = "0"
 
 
-class Store:
+class Store(Operations):
     """The facade that transports call. Call sequence: attach_tier for each medium, start, anything, close."""
 
     def __init__(
@@ -280,8 +281,10 @@ class Store:
         if not groups:
             raise InvalidRequest("acquire needs at least one group of keys")
         asked = [self._group(session, *group) for group in groups]
+        reads = self._cache.reads
+        below = reads.foresee(asked)
         with self._lock:
-            lease = self._cache.reads.acquire(session.id, session.tenant, asked, self._clock())
+            lease = reads.acquire(session.id, session.tenant, asked, self._clock(), below)
             self._mover.kick_loads()
             self._note_shortage()
         reply = lease_reply(lease) if lease is not None else kvstore_pb2.LeaseReply()
@@ -392,57 +395,6 @@ class Store:
             with self._gate(len(plan.items)), self._lock:
                 self._cache.puts.finish(plan)
 
-    # -- admin ------------------------------------------------------------------------------------------------
-
-    def stats(self) -> admin_pb2.GetStatsResponse:
-        """Everything countable."""
-        with self._lock:
-            message = self._snapshots.stats(self._cache, self._clock())
-        self._snapshots.add_media(message, self._mover.states(), self._pool)
-        message.health = "draining" if self.draining else "serving"
-        message.sessions = len(self._sessions)
-        message.staging_bytes = self._sessions.staging_bytes
-        message.counters["slabs_refused_for_memory"] = self._slabs.short_of_memory
-        return message
-
-    def list_namespaces(self, session: Session) -> list[admin_pb2.NamespaceInfo]:
-        """The tenant's namespaces."""
-        with self._lock:
-            return self._snapshots.namespaces(self._cache, self._catalogue.entries, session.tenant)
-
-    def list_sessions(self, session: Session) -> list[admin_pb2.SessionInfo]:
-        """The tenant's sessions."""
-        mine = [other for other in self._sessions.all() if other.tenant == session.tenant]
-        with self._lock:
-            return [self._snapshots.session(other, self._cache, self._clock()) for other in mine]
-
-    def inspect(self, session: Session, key: bytes, namespace: bytes) -> list[admin_pb2.BlockInfo]:
-        """Blocks of the tenant whose key starts with `key`; at most 64."""
-        with self._lock:
-            found = self._cache.find_prefix(key, session.tenant, namespace, 64)
-            return [self._snapshots.block(block) for block in found]
-
-    def evict(self, tier: int, nbytes: int) -> tuple[int, int]:
-        """Drop the next victims of a tier (kvstore.v1.Tier); returns blocks and bytes."""
-        with self._lock:
-            result = self._cache.evict(_tier(tier), nbytes)
-        self._mover.kick_saves()
-        return result
-
-    def flush(self, timeout_s: float) -> tuple[int, int]:
-        """Save every dirty block to the cold tier, durably; returns (saved, still unsaved)."""
-        with self._lock:
-            before = self._cache.residency.counts[COLD].writes
-        cold = self._mover.tier(COLD)
-        left = self._mover.flush(timeout_s) if cold is not None else len(self._cache.residency.dirty)
-        if cold is not None:
-            cast(DurableTier, cold).flush()
-        return self._cache.residency.counts[COLD].writes - before, left
-
-    def verify(self, tier: int) -> tuple[int, int]:
-        """Check the checksum of every copy in a tier; bad ones are dropped; returns (checked, corrupt)."""
-        return self._checker.verify(_tier(tier))
-
     # -- internals --------------------------------------------------------------------------------------------
 
     def _gate(self, keys: int) -> contextlib.AbstractContextManager[object]:
@@ -483,18 +435,14 @@ class Store:
 
     def _tick_loop(self) -> None:
         while not self._closing.wait(_TICK_S):
-            with self._lock:
-                expired = self._cache.reads.leases.expire(self._clock())
-            if expired:
-                _log.info("%d leases expired", len(expired))
-            self._mover.kick_saves()
+            try:
+                self._tick()
+            except Exception:  # noqa: BLE001 - a defect of ours, said in full: leases must go on expiring
+                _log.exception("a tick failed")
 
-
-_TIERS = {1: HOT, 2: WARM, 3: COLD}
-
-
-def _tier(number: int) -> int:
-    """The core's tier for a kvstore.v1.Tier."""
-    if number not in _TIERS:
-        raise InvalidRequest(f"tier {number} does not exist; 1 is hot, 2 warm, 3 cold")
-    return _TIERS[number]
+    def _tick(self) -> None:
+        with self._lock:
+            expired = self._cache.reads.leases.expire(self._clock())
+        if expired:
+            _log.info("%d leases expired", len(expired))
+        self._mover.kick_saves()

@@ -35,15 +35,15 @@ class Lane:
         """Queue a job.
 
         Raises:
-            Unavailable: the lane is closed.
+            Unavailable: the lane is closed, or there is no thread to be had.
         """
         with self._lock:
             if self._closed:
                 raise Unavailable("the session has ended")
-            self._jobs.put(job)
             if not self._started:
+                _start(self._run, self._name)
                 self._started = True
-                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+            self._jobs.put(job)
 
     def close(self) -> None:
         """Take no more jobs; those queued still run. Does not wait for them."""
@@ -79,7 +79,7 @@ class WaitPool:
         """Queue a job.
 
         Raises:
-            Unavailable: the pool is closed.
+            Unavailable: the pool is closed, or there is no thread to be had.
         """
         with self._cond:
             if self._closed:
@@ -88,19 +88,26 @@ class WaitPool:
             if running >= self._owner_max:
                 self._parked.setdefault(owner, deque()).append(job)
                 return
+            if self._idle <= len(self._ready) and self._threads < self._threads_max:
+                self._grow()
             self._running[owner] = running + 1
             self._ready.append((owner, job))
-            if self._idle >= len(self._ready):
-                self._cond.notify()
-            elif self._threads < self._threads_max:
-                self._threads += 1
-                threading.Thread(target=self._run, name=f"wait-{self._threads}", daemon=True).start()
+            self._cond.notify()
 
     def close(self) -> None:
         """Take no more jobs and end the threads once those queued have run. Does not wait for them."""
         with self._cond:
             self._closed = True
             self._cond.notify_all()
+
+    def _grow(self) -> None:
+        try:
+            _start(self._run, f"wait-{self._threads}")
+        except Unavailable:
+            if not self._threads:
+                raise
+        else:
+            self._threads += 1
 
     def _run(self) -> None:
         while (taken := self._take()) is not None:
@@ -133,3 +140,10 @@ class WaitPool:
                 self._running[owner] -= 1
             else:
                 del self._running[owner]
+
+
+def _start(target: Callable[[], None], name: str) -> None:
+    try:
+        threading.Thread(target=target, name=name, daemon=True).start()
+    except RuntimeError as error:  # out of threads or memory: that costs one call, not the session
+        raise Unavailable(f"the daemon has no thread for this call: {error}") from error

@@ -233,7 +233,8 @@ class World:
 
     def acquire_all(self, groups: Sequence[AcquireGroup], session: int = SESSION) -> Lease | None:
         """A lease on several namespaces."""
-        return self.cache.reads.acquire(session, groups[0].namespace.tenant, groups, self.now_s)
+        below = self.cache.reads.foresee(groups)
+        return self.cache.reads.acquire(session, groups[0].namespace.tenant, groups, self.now_s, below)
 
     def lease(self, namespace: Namespace, keys: Sequence[bytes], session: int = SESSION) -> Lease:
         """A lease that there must be."""

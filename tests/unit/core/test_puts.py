@@ -386,3 +386,19 @@ def test_tenants_do_not_meet(world: World) -> None:
     assert world.match(theirs, chain(2)) == 0
     assert world.put(theirs, chain(1), chain(2)[-1]) == ["NO_PARENT"]
     assert packed(chain(2)) != b""
+
+
+def test_a_put_that_cannot_even_begin_holds_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = world.open()
+    world.put(space, chain(2))
+
+    def exhausted(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as short:
+        short.setattr(world.cache.residency, "take", exhausted)
+        with pytest.raises(MemoryError):
+            world.begin(space, chain(4))
+    assert all(slot.pins == 0 for slot in slots_of(world))
+    check(world)
+    assert world.put(space, chain(4)) == ["EXISTS", "EXISTS", "STORED", "STORED"]

@@ -334,6 +334,21 @@ def test_last_pins_only_the_block_at_the_position(world: World) -> None:
     check(world)
 
 
+def test_what_was_foreseen_is_a_bound_and_no_promise(world: World) -> None:
+    prefix, state = world.open("prefix"), world.open("state", chain=False)
+    world.put(prefix, chain(5))
+    world.put(state, [chain(5, "s")[1], chain(5, "s")[3]])
+    groups = [group(prefix, chain(5)), group(state, chain(5, "s"), last=True)]
+    assert world.cache.reads.foresee(groups[:1]) is None, "a prefix alone is a binary search"
+    below = world.cache.reads.foresee(groups)
+    assert below == 64
+    world.cache.delete(state, chain(5, "s")[3])  # between the two looks
+    lease = world.cache.reads.acquire(1, "default", groups, world.now_s, below)
+    assert lease is not None
+    assert lease.tokens == 32
+    check(world)
+
+
 def test_release_to_keeps_the_state_at_the_end(world: World) -> None:
     prefix, state = world.open("prefix"), world.open("state", chain=False)
     world.put(prefix, chain(4))

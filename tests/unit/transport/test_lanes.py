@@ -70,3 +70,35 @@ def test_the_pool_never_has_more_threads_than_its_limit_and_loses_no_job() -> No
     eventually(lambda: len(done) == 500)
     assert most[0] <= 3
     pool.close()
+
+
+def _no_thread(self: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_call_that_gets_no_thread_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    lane, pool, done = Lane("test"), WaitPool(threads_max=2, owner_max=2), threading.Event()
+    with monkeypatch.context() as short:
+        short.setattr(threading.Thread, "start", _no_thread)
+        with pytest.raises(Unavailable, match="no thread"):
+            lane.submit(lambda: None)
+        with pytest.raises(Unavailable, match="no thread"):
+            pool.submit("owner", lambda: None)
+    order: list[str] = []
+    lane.submit(partial(order.append, "lane"))
+    pool.submit("owner", done.set)
+    assert done.wait(BOUND_S), "the pool works again, and the call before left nothing behind"
+    eventually(lambda: order == ["lane"])
+    lane.close()
+    pool.close()
+
+
+def test_where_there_is_one_thread_already_calls_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, gate, done = WaitPool(threads_max=2, owner_max=4), threading.Event(), threading.Semaphore(0)
+    pool.submit("owner", lambda: gate.wait(BOUND_S) and None)
+    with monkeypatch.context() as short:
+        short.setattr(threading.Thread, "start", _no_thread)
+        pool.submit("owner", lambda: done.release() and None)
+    gate.set()
+    assert done.acquire(timeout=BOUND_S)
+    pool.close()

@@ -1,0 +1,94 @@
+"""What an operator asks of the engine: figures, listings, and the verbs that move or check what is stored."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import cast
+
+from kvstore.core.block import COLD, HOT, WARM
+from kvstore.core.cache import BlockCache
+from kvstore.engine.catalogue import Catalogue
+from kvstore.engine.checking import Checker
+from kvstore.engine.mover import DurableTier, Mover
+from kvstore.engine.sessions import Session, Sessions
+from kvstore.engine.slab_keeper import SlabKeeper
+from kvstore.engine.snapshot import Snapshots
+from kvstore.protocol.errors import InvalidRequest
+from kvstore.tiers.warm import WarmPool
+from kvstore.v1 import admin_pb2
+
+
+class Operations:
+    """The operator's half of the store, which makes the parts named here."""
+
+    draining: bool
+    _lock: threading.Lock
+    _clock: Callable[[], float]
+    _cache: BlockCache
+    _pool: WarmPool
+    _mover: Mover
+    _sessions: Sessions
+    _slabs: SlabKeeper
+    _catalogue: Catalogue
+    _checker: Checker
+    _snapshots: Snapshots
+
+    def stats(self) -> admin_pb2.GetStatsResponse:
+        """Everything countable."""
+        with self._lock:
+            message = self._snapshots.stats(self._cache, self._clock())
+        self._snapshots.add_media(message, self._mover.states(), self._pool)
+        message.health = "draining" if self.draining else "serving"
+        message.sessions = len(self._sessions)
+        message.staging_bytes = self._sessions.staging_bytes
+        message.counters["slabs_refused_for_memory"] = self._slabs.short_of_memory
+        return message
+
+    def list_namespaces(self, session: Session) -> list[admin_pb2.NamespaceInfo]:
+        """The tenant's namespaces."""
+        with self._lock:
+            return self._snapshots.namespaces(self._cache, self._catalogue.entries, session.tenant)
+
+    def list_sessions(self, session: Session) -> list[admin_pb2.SessionInfo]:
+        """The tenant's sessions."""
+        mine = [other for other in self._sessions.all() if other.tenant == session.tenant]
+        with self._lock:
+            return [self._snapshots.session(other, self._cache, self._clock()) for other in mine]
+
+    def inspect(self, session: Session, key: bytes, namespace: bytes) -> list[admin_pb2.BlockInfo]:
+        """Blocks of the tenant whose key starts with `key`; at most 64."""
+        with self._lock:
+            found = self._cache.find_prefix(key, session.tenant, namespace, 64)
+            return [self._snapshots.block(block) for block in found]
+
+    def evict(self, tier: int, nbytes: int) -> tuple[int, int]:
+        """Drop the next victims of a tier (kvstore.v1.Tier); returns blocks and bytes."""
+        with self._lock:
+            result = self._cache.evict(_tier(tier), nbytes)
+        self._mover.kick_saves()
+        return result
+
+    def flush(self, timeout_s: float) -> tuple[int, int]:
+        """Save every dirty block to the cold tier, durably; returns (saved, still unsaved)."""
+        with self._lock:
+            before = self._cache.residency.counts[COLD].writes
+        cold = self._mover.tier(COLD)
+        left = self._mover.flush(timeout_s) if cold is not None else len(self._cache.residency.dirty)
+        if cold is not None:
+            cast(DurableTier, cold).flush()
+        return self._cache.residency.counts[COLD].writes - before, left
+
+    def verify(self, tier: int) -> tuple[int, int]:
+        """Check the checksum of every copy in a tier; bad ones are dropped; returns (checked, corrupt)."""
+        return self._checker.verify(_tier(tier))
+
+
+_TIERS = {1: HOT, 2: WARM, 3: COLD}
+
+
+def _tier(number: int) -> int:
+    """The core's tier for a kvstore.v1.Tier."""
+    if number not in _TIERS:
+        raise InvalidRequest(f"tier {number} does not exist; 1 is hot, 2 warm, 3 cold")
+    return _TIERS[number]
