@@ -6,12 +6,11 @@ import contextlib
 import fcntl
 import logging
 import os
-import pwd
 import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -138,16 +137,25 @@ class Daemon:
         config, agents = self._config, []
         if config.cold_bytes:
             folder = config.state_dir / "cold"
-            agents.append(self._agent(COLD, config.cold_bytes, path=str(folder), codec=config.codec))
+            cold = agent_pb2.AgentConfig(
+                tier="cold",
+                capacity_bytes=config.cold_bytes,
+                path=str(folder),
+                codec=config.codec,
+                kernels=config.codec_kernels,
+                durability=config.durability,
+                sync_interval_ms=round(config.sync_interval_s * 1000),
+                free_reserve_bytes=config.cold_reserve_bytes,
+            )
+            agents.append(self._agent(COLD, cold))
         if config.hot_bytes:
-            agents.append(self._agent(HOT, config.hot_bytes, device=config.hot_device))
+            hot = agent_pb2.AgentConfig(tier="hot", capacity_bytes=config.hot_bytes, device=config.hot_device)
+            agents.append(self._agent(HOT, hot))
         return agents
 
-    def _agent(self, tier: int, capacity_bytes: int, **settings: str) -> AgentSupervisor:
-        store, name = self._store, {COLD: "cold", HOT: "hot"}[tier]
-        agent_config = agent_pb2.AgentConfig(
-            tier=name, capacity_bytes=capacity_bytes, reader_threads=self._config.reader_threads, **settings
-        )
+    def _agent(self, tier: int, agent_config: agent_pb2.AgentConfig) -> AgentSupervisor:
+        store, name = self._store, agent_config.tier
+        agent_config.reader_threads = self._config.reader_threads
         agent = AgentSupervisor(
             name,
             agent_config,
@@ -159,19 +167,20 @@ class Daemon:
         return agent
 
 
-def tenant_resolver(config: Config) -> Callable[[int, int], str]:
-    """The function that says whose blocks a peer (uid, gid) may see.
+def tenant_resolver(config: Config) -> Callable[[int, Sequence[int]], str]:
+    """The function that says whose blocks a peer (uid, groups) may see.
 
     It raises PermissionDenied for a peer that belongs to nobody.
     """
 
-    def resolve(uid: int, gid: int) -> str:
-        tenant = config.tenant_of(uid, [gid, *_further_groups(uid, gid)])
+    def resolve(uid: int, gids: Sequence[int]) -> str:
+        tenant = config.tenant_of(uid, gids)
         if tenant is None and uid == 0:  # root can read our memory anyway, and `sudo kvctl` is what operators type
             tenant = config.tenant_of(os.geteuid(), [])
         if tenant is None:
+            groups = ", ".join(map(str, sorted(set(gids))))
             raise PermissionDenied(
-                f"uid {uid} (gid {gid}) belongs to no tenant of this daemon; add it to a [tenants] table, "
+                f"uid {uid} (groups {groups}) belongs to no tenant of this daemon; add it to a [tenants] table, "
                 "or its user to the socket group"
             )
         return tenant
@@ -251,11 +260,3 @@ def _raise_descriptor_limit() -> None:
     """As many descriptors as may be had: slabs and sessions take one each, and the usual soft limit is 1024."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _further_groups(uid: int, gid: int) -> list[int]:
-    """Groups of a user beside the one that the kernel named; none for a user that this machine does not know."""
-    try:
-        return os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
-    except (KeyError, OSError):
-        return []

@@ -45,6 +45,7 @@ _STAGING_DEFAULT_MIN = 16 * MIB  # a few blocks of any usual size, so that a tin
 _STAGING_TOTAL_DEFAULT = 2 * GIB
 _LEASE_TTL_S = 30.0
 _AGENT_TIMEOUT_S = 30.0
+_SYNC_INTERVAL_S = 1.0
 _DRAIN_GRACE_S = 20.0  # below the 30 s that Kubernetes waits before it kills
 
 
@@ -53,7 +54,8 @@ class Config:
     """Everything the daemon needs to know, settled.
 
     Sizes are bytes; `cold_bytes` 0 and `hot_device` "off" mean that there is no such tier. `socket_group` is a gid.
-    `notes` are sentences for the operator: what was taken from the machine and what looks wrong.
+    `cold_reserve_bytes` 0: what the cold tier itself thinks right for the file system. `notes` are sentences for the
+    operator: what was taken from the machine and what looks wrong.
     """
 
     state_dir: Path
@@ -70,6 +72,10 @@ class Config:
     agent_timeout_s: float
     reader_threads: int
     codec: str
+    codec_kernels: str
+    durability: str
+    sync_interval_s: float
+    cold_reserve_bytes: int
     staging_max_bytes: int
     staging_total_bytes: int
     max_sessions: int
@@ -94,6 +100,13 @@ class Config:
         groups = set(gids)
         return next((tenant.name for tenant in self.tenants if groups.intersection(tenant.gids)), None)
 
+    def _durability(self) -> str:
+        if self.durability == "interval":
+            return f"synced to disk every {self.sync_interval_s:g} s"
+        return {"none": "synced when the kernel likes", "commit": "synced before a block counts as saved"}[
+            self.durability
+        ]
+
     def describe(self) -> list[str]:
         """The settled values in words, one line each, then the notes."""
         hot = f"{self.hot_device} {format_size(self.hot_bytes)}" if self.hot_bytes else "off"
@@ -104,7 +117,8 @@ class Config:
             f"hot {hot}; warm {format_size(self.warm_bytes)}; cold {cold}",
             f"staging at most {format_size(self.staging_max_bytes)} a session, {format_size(self.staging_total_bytes)} "
             f"in all; at most {self.max_sessions} sessions",
-            f"codec {self.codec}, {self.reader_threads} reader threads; drains for {self.drain_grace_s:g} s",
+            f"codec {self.codec}, {self.reader_threads} reader threads, {self._durability()}; drains for "
+            f"{self.drain_grace_s:g} s",
             f"a lease ends {self.lease_ttl_s:g} s after its session's last sign of life; an agent that does not answer "
             f"for {self.agent_timeout_s:g} s is replaced",
             *(_describe_tenant(tenant) for tenant in self.tenants),
@@ -226,6 +240,10 @@ class _Settling:
             agent_timeout_s=asked.agent_timeout_s or _AGENT_TIMEOUT_S,
             reader_threads=asked.reader_threads or min(4, os.cpu_count() or 1),
             codec=asked.codec or "auto",
+            codec_kernels=asked.codec_kernels or "auto",
+            durability=asked.durability or "interval",
+            sync_interval_s=asked.sync_interval_s or _SYNC_INTERVAL_S,
+            cold_reserve_bytes=asked.cold_reserve_bytes or 0,
             staging_max_bytes=staging_max_bytes,
             staging_total_bytes=asked.staging_total_bytes
             or max(staging_max_bytes, min(_STAGING_TOTAL_DEFAULT, 4 * staging_max_bytes)),

@@ -17,11 +17,15 @@ from typing import Any
 from kvstore.sizes import MIB, format_size, parse_size
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-CODECS = ("auto", "raw", "planes")
+CODECS = ("auto", "raw", "exphuf")
+KERNELS = ("auto", "numpy", "numba")
+DURABILITIES = ("none", "interval", "commit")
 WARM_BYTES_MIN = MIB  # a pool that cannot hold one block of any real model only looks like a broken one
 COLD_BYTES_MIN = 16 * MIB
 STAGING_BYTES_MIN = MIB
 LEASE_TTL_S_MIN = 1.0  # a worker that waits for a scheduler's time slice must not lose its blocks
+SYNC_INTERVAL_S_MIN = 0.05  # a sync of nothing still is a request to the disk
+COLD_RESERVE_BYTES_MIN = MIB  # a file system without a byte left takes no log and no recovery either
 AGENT_TIMEOUT_S_MIN = 1.0  # an SSD that is merely busy answers within that
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _ID_MAX = (1 << 32) - 2  # 2**32 - 1 means "no id" to the kernel
@@ -60,6 +64,10 @@ class Settings:
     agent_timeout_s: float | None = None
     reader_threads: int | None = None
     codec: str | None = None
+    codec_kernels: str | None = None
+    durability: str | None = None
+    sync_interval_s: float | None = None
+    cold_reserve_bytes: int | None = None
     staging_max_bytes: int | None = None
     staging_total_bytes: int | None = None
     max_sessions: int | None = None
@@ -269,6 +277,10 @@ _PARSERS: dict[str, Callable[[object], Any]] = {
     "agent_timeout_s": _seconds_from(AGENT_TIMEOUT_S_MIN),
     "reader_threads": _whole(1, 64),
     "codec": _choice(*CODECS),
+    "codec_kernels": _choice(*KERNELS),
+    "durability": _choice(*DURABILITIES),
+    "sync_interval_s": _seconds_from(SYNC_INTERVAL_S_MIN),
+    "cold_reserve_bytes": _size_from(COLD_RESERVE_BYTES_MIN),
     "staging_max_bytes": _size_from(STAGING_BYTES_MIN),
     "staging_total_bytes": _size_from(STAGING_BYTES_MIN),
     "max_sessions": _whole(1, 4096),

@@ -45,6 +45,7 @@ class NamespaceFields(TypedDict, total=False):
     identity: Mapping[str, str]
     salt: str
     hash_algorithm: str
+    cold_codec: str
 
 
 class Anchor:
@@ -109,7 +110,9 @@ class Client:
                 kind: "chain" (default: prefixes) or "set" (independent blocks);
                 shard: axis -> (rank, size) for tp, pp, dcp, …, or "all" (default);
                 identity: whatever else must agree, string -> string: weight quantisation, kv dtype and scales, rope
-                overrides, page layout, producer format; salt; hash_algorithm ("sha256").
+                overrides, page layout, producer format; salt; hash_algorithm ("sha256");
+                cold_codec: "" (default: blocks come back bit for bit) or "int8kv": K and V lose precision where only
+                the SSD has them, for half the space; see Lease.lossy.
 
         Raises:
             InvalidRequest: a field is out of its limits; the message names it.
@@ -129,7 +132,11 @@ class Client:
         return namespace
 
     def acquire(
-        self, groups: Sequence[tuple[Namespace, Keys | bytes, Mode]], timeout_s: float = ASK_TIMEOUT_S
+        self,
+        groups: Sequence[tuple[Namespace, Keys | bytes, Mode]],
+        timeout_s: float = ASK_TIMEOUT_S,
+        *,
+        exact: bool = False,
     ) -> Lease:
         """One lease on several namespaces: the longest position that all of them can serve, or nothing.
 
@@ -137,6 +144,7 @@ class Client:
             groups: (namespace, keys, mode) for each: "prefix" leases all blocks up to the position, "last" only the
                 one that ends there (a state checkpoint, a sliding window).
             timeout_s: bound of this call, not of the loading.
+            exact: blocks that are only left as a lossy copy count as absent.
 
         Returns:
             A lease; `lease.groups` has one entry for each group, in order.
@@ -149,7 +157,7 @@ class Client:
         for namespace, _, _ in groups:
             if namespace.connection is not self._connection:
                 raise InvalidRequest("every namespace must be of this client")
-        return acquire_groups(self._connection, groups, timeout_s)
+        return acquire_groups(self._connection, groups, timeout_s, exact=exact)
 
     def stats(self, timeout_s: float = STATS_TIMEOUT_S) -> dict[str, Any]:
         """The daemon's counters, named as in kvstore/v1/admin.proto; `tiers` by name. Goes over gRPC.

@@ -63,6 +63,11 @@ class Lease:
         return max(0, self._tokens - lost * self.groups[0].namespace.block_tokens)
 
     @property
+    def lossy(self) -> frozenset[int]:
+        """Indexes of the blocks that come from a lossy copy; none but in a namespace with a cold_codec."""
+        return self.groups[0].lossy
+
+    @property
     def ready(self) -> int:
         """Leading blocks that are readable now, in every group; reads shared memory, asks nobody."""
         if self._claim.ended is not None:

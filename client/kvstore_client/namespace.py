@@ -123,12 +123,13 @@ class Namespace:
 
     # --- reading
 
-    def acquire(self, keys: Keys | bytes, timeout_s: float = ASK_TIMEOUT_S) -> Lease:
+    def acquire(self, keys: Keys | bytes, timeout_s: float = ASK_TIMEOUT_S, *, exact: bool = False) -> Lease:
         """Pin the longest stored prefix of the keys and start loading its cold part.
 
         Args:
             keys: in prefix order.
             timeout_s: bound of this call, not of the loading.
+            exact: blocks that are only left as a lossy copy count as absent. Matters in a namespace with a cold_codec.
 
         Returns:
             A lease, of zero blocks if nothing is stored. Use it as a context manager.
@@ -137,7 +138,7 @@ class Namespace:
             Unavailable, DeadlineExceeded: no answer (a fail-open client gets a lease of zero blocks).
             InvalidRequest: the keys are no keys, or too many.
         """
-        return acquire_groups(self.connection, [(self, keys, "prefix")], timeout_s)
+        return acquire_groups(self.connection, [(self, keys, "prefix")], timeout_s, exact=exact)
 
     def adopt(self, token: bytes, timeout_s: float = ASK_TIMEOUT_S) -> Lease:
         """Take over a lease that another session of the tenant handed off; a token works once.
@@ -323,7 +324,7 @@ class Namespace:
 
 
 def acquire_groups(
-    connection: Connection, groups: Sequence[tuple[Namespace, Keys | bytes, Mode]], timeout_s: float
+    connection: Connection, groups: Sequence[tuple[Namespace, Keys | bytes, Mode]], timeout_s: float, *, exact: bool
 ) -> Lease:
     """See Namespace.acquire and Client.acquire."""
     namespaces = [namespace.spec for namespace, _, _ in groups]
@@ -336,7 +337,7 @@ def acquire_groups(
             pb.AcquireGroup(namespace=namespace.open_on(session, deadline_s), keys=data, mode=mode)
             for namespace, data, mode in asked
         ]
-        reply = session.ask_for_lease(ACQUIRE, pb.AcquireRequest(groups=wanted), deadline_s)
+        reply = session.ask_for_lease(ACQUIRE, pb.AcquireRequest(groups=wanted, exact=exact), deadline_s)
         return session.lease(reply, namespaces, groups[0][0].anchor, deadline_s)
 
     return connection.run_or(ask, timeout_s, lambda: nothing(namespaces))

@@ -78,6 +78,12 @@ class Placement:
         self.first: int = message.first_block
         self.stop = self.first + count
 
+    @property
+    def lossy(self) -> frozenset[int]:
+        """The blocks that come from a lossy copy."""
+        marks = self._message.lossy
+        return frozenset(self.first + i for i, mark in enumerate(marks) if mark) if marks else frozenset()
+
     def find_slabs(self, slabs: SlabCache, block_nbytes: int, deadline_s: float) -> None:
         """Look up the slabs, mapping what is not mapped yet; blocks in one that lives no more are never readable.
 

@@ -48,6 +48,11 @@ class LeaseGroup:
         return self._placement.stop
 
     @property
+    def lossy(self) -> frozenset[int]:
+        """Indexes of the blocks that come from a lossy copy."""
+        return self._placement.lossy
+
+    @property
     def ready(self) -> int:
         """The index after the last of the leading blocks that are readable now. Asks nobody."""
         return self._placement.ready_from(self._claim.released)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from kvstore.agents import messages
-from kvstore.agents.media import Medium, open_medium
+from kvstore.agents.media import Medium, open_medium, reader_threads
 from kvstore.agents.memory import MappedSlabs
 from kvstore.agents.server import AgentServer
 from kvstore.protocol.errors import InvalidRequest, KVStoreError, Unavailable
@@ -27,9 +27,7 @@ EXIT_OK = 0
 EXIT_NOT_STARTED = 1
 EXIT_USAGE = 64
 EXIT_DEFECT = 70
-READER_THREADS_MAX = 16
 
-_READER_THREADS_DEFAULT_MAX = 4
 _COLD_NICENESS = 10  # compression must not take the processor from workers and daemon
 _PR_SET_PDEATHSIG = 1
 
@@ -86,13 +84,13 @@ def _serve(frames: FrameSocket) -> int:
         if frame.method != AgentMethod.CONFIGURE:
             raise InvalidRequest(f"the first frame has method {frame.method}; it is CONFIGURE")
         config = messages.parse(agent_pb2.AgentConfig, frame.payload)
-        readers = _reader_threads(config)
+        readers = reader_threads(config)
         medium = _open(config, memory)
-    except (KVStoreError, OSError, ValueError) as error:
+    except (KVStoreError, OSError, ValueError, ImportError) as error:
         _announce(frames, frame.call_id, agent_pb2.AgentReady(error=str(error) or type(error).__name__))
         return EXIT_NOT_STARTED
     server = AgentServer(frames, medium, memory, readers)
-    _announce(frames, frame.call_id, agent_pb2.AgentReady(device=medium.device))
+    _announce(frames, frame.call_id, agent_pb2.AgentReady(device=medium.device, format=medium.format))
     server.serve()
     return EXIT_OK
 
@@ -106,10 +104,3 @@ def _open(config: agent_pb2.AgentConfig, memory: MappedSlabs) -> Medium:
     if config.tier == "cold":
         os.nice(_COLD_NICENESS)
     return open_medium(config, memory)
-
-
-def _reader_threads(config: agent_pb2.AgentConfig) -> int:
-    if config.reader_threads > READER_THREADS_MAX:
-        raise InvalidRequest(f"{config.reader_threads} reader threads; the limit is {READER_THREADS_MAX}")
-    cores = len(os.sched_getaffinity(0))
-    return config.reader_threads or min(cores, _READER_THREADS_DEFAULT_MAX)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import selectors
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from kvstore.bench import worker
 from kvstore.bench.figures import Result, latency_figures
 from kvstore.bench.memory import kv_like_blocks
 from kvstore.bench.neighbour import BLOCK_NBYTES, neighbour_name
+from kvstore.bench.neighbours import neighbours
 from kvstore.bench.scale import Scale
 from kvstore_client import Client, Keys, Namespace
 
@@ -22,10 +19,6 @@ _HASHED_TOKENS = 131_072
 _HASH_ROUNDS = 9
 _MATCH_ROUNDS = 60
 _BUSY_SPAN_S = 5.0
-
-
-class NeighbourFailed(RuntimeError):
-    """A process that should keep the daemon busy did not."""
 
 
 class Calls:
@@ -71,47 +64,12 @@ class Calls:
     def beside_neighbours(self, name: str, space: Namespace, keys: Keys) -> Result:
         """A match of one key while three other processes keep the daemon busy."""
         one, taken_s = keys[:1], []
-        with busy_neighbours(self._address, self._scale.batch_keys):
+        with neighbours("calls", self._address, self._scale.batch_keys, _NEIGHBOURS):
             ends = time.monotonic() + (_BUSY_SPAN_S if self._scale.is_full else 1.0)
             while time.monotonic() < ends:
                 taken_s += _timed(lambda: space.match(one, timeout_s=_TIMEOUT_S), 1)
                 time.sleep(0.001)  # a worker does something between its calls
         return Result(name, {**latency_figures(taken_s), "neighbours": _NEIGHBOURS})
-
-
-@contextlib.contextmanager
-def busy_neighbours(address: str, batch_keys: int) -> Iterator[None]:
-    """Three processes that match, acquire and put without a pause until the block ends.
-
-    Raises:
-        NeighbourFailed: one did not start, or had ended before the block did.
-    """
-    with contextlib.ExitStack() as stack:
-        running = [stack.enter_context(_neighbour(address, batch_keys, seed)) for seed in range(_NEIGHBOURS)]
-        for process in running:
-            _wait_for_line(process)
-        yield
-        ended = [process.args for process in running if process.poll() is not None]
-        if ended:
-            raise NeighbourFailed(f"ended before the measurement did: {ended}")
-
-
-@contextlib.contextmanager
-def _neighbour(address: str, batch_keys: int, seed: int) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "kvstore.bench.neighbour", address, str(batch_keys), str(seed)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def _wait_for_line(process: subprocess.Popen[bytes]) -> None:
-    assert process.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        if not selector.select(_TIMEOUT_S) or not process.stdout.readline():
-            raise NeighbourFailed("a busy neighbour did not start")
 
 
 def _timed(call: Callable[[], object], times: int) -> list[float]:

@@ -38,19 +38,21 @@ class SpawnedDaemon:
 
 
 @contextlib.contextmanager
-def spawned(warm_bytes: int, cold_bytes: int, **settings: object) -> Iterator[SpawnedDaemon]:
+def spawned(
+    warm_bytes: int, cold_bytes: int, folder: Path | None = None, **settings: object
+) -> Iterator[SpawnedDaemon]:
     """Run a daemon with this very interpreter until the block ends.
 
     Args:
         warm_bytes: size of its warm pool.
         cold_bytes: size of its cold tier; 0: none.
+        folder: where its state is and stays; None: in a folder that is removed afterwards.
         settings: further keys of its configuration file.
 
     Raises:
         DaemonFailed: it was not ready within 30 s.
     """
-    with tempfile.TemporaryDirectory(prefix="kvbench-") as name:
-        folder = Path(name)
+    with _kept_or_temporary(folder) as folder:
         config = {
             "state_dir": str(folder / "state"),
             "socket": str(folder / "kv.sock"),
@@ -74,6 +76,18 @@ def spawned(warm_bytes: int, cold_bytes: int, **settings: object) -> Iterator[Sp
                 yield SpawnedDaemon(_ready_address(process, folder), process.pid, folder)
             finally:
                 _stop(process)
+
+
+def _kept_or_temporary(folder: Path | None) -> contextlib.AbstractContextManager[Path]:
+    if folder is not None:
+        return contextlib.nullcontext(folder)
+    return _temporary()
+
+
+@contextlib.contextmanager
+def _temporary() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="kvbench-") as name:
+        yield Path(name)
 
 
 def _ready_address(process: subprocess.Popen[bytes], folder: Path) -> str:

@@ -7,15 +7,17 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal
 
 from kvstore.bench import footprint, worker
-from kvstore.bench.calls import Calls, NeighbourFailed
+from kvstore.bench.calls import Calls
+from kvstore.bench.cold_codec import NoSample
 from kvstore.bench.daemon import DaemonFailed, SpawnedDaemon, spawned
 from kvstore.bench.figures import Result, chosen
+from kvstore.bench.neighbours import NeighbourFailed
 from kvstore.bench.scale import Scale
 from kvstore.bench.transfers import BIG_BLOCK, SMALL_BLOCK, IncompleteTransfer, Transfers
 from kvstore.machine import Machine
@@ -34,6 +36,7 @@ FAILURES = (
     NeighbourFailed,
     IncompleteTransfer,
     worker.NotSettled,
+    NoSample,
     ArithmeticError,
     OSError,
     subprocess.SubprocessError,
@@ -50,8 +53,15 @@ class Bench:
         failures: why each of the other results could not be, by name.
     """
 
-    def __init__(self, names: Sequence[str], scale: Scale, progress: Progress, address: str | None = None) -> None:
-        """Measure `names` (of suites or results; none: all) on daemons of its own, or on the one at `address`.
+    def __init__(
+        self,
+        names: Sequence[str],
+        scale: Scale,
+        progress: Progress,
+        address: str | None = None,
+        cold: Mapping[str, Callable[[str], Result]] | None = None,
+    ) -> None:
+        """Measure `names` (of suites or results; none: all but cold) on daemons of its own, or on the one at `address`.
 
         Raises:
             ValueError: there is no such suite, or it needs a daemon of its own.
@@ -60,11 +70,12 @@ class Bench:
         self._scale = scale
         self._progress = progress
         self._address = address
+        self._cold = cold or {}
         self._memcpy: list[tuple[int, list[float]]] = []
         self._own_daemon: SpawnedDaemon | None = None
         self.results: list[Result] = []
         self.failures: dict[str, str] = {}
-        own_only = _NEEDS_OWN_DAEMON.intersection(self._wanted)
+        own_only = {name for name in self._wanted if name in _NEEDS_OWN_DAEMON or name.startswith("cold_")}
         if address and names and own_only:
             raise ValueError(f"{', '.join(sorted(own_only))}: needs a daemon of its own; give --spawn")
         if address:
@@ -78,6 +89,8 @@ class Bench:
         self._attempt(self._names("idle"), self._idle)
         for name, measure in (("import_ratio", footprint.import_ratio), ("kvctl_help_s", footprint.kvctl_help)):
             self._attempt(self._names(name), partial(self._measure, name, partial(measure, scale=self._scale)))
+        for name, job in self._cold.items():
+            self._attempt(self._names(name), partial(self._measure, name, job))
         return self.report()
 
     def report(self) -> dict[str, object]:

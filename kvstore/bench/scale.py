@@ -19,6 +19,7 @@ class Scale:
         idle_s: how long an idle daemon is watched.
         processes: subprocesses started for each median of the footprint.
         warm_bytes: pool of a spawned daemon.
+        cold_blocks: of 16 KiB, in the cold tier that a daemon is restarted on.
     """
 
     working_set_bytes: int = 512 * MIB
@@ -28,6 +29,7 @@ class Scale:
     idle_s: float = 10.0
     processes: int = 9
     warm_bytes: int = 2048 * MIB
+    cold_blocks: int = 100_000
 
     @property
     def is_full(self) -> bool:
@@ -37,5 +39,12 @@ class Scale:
 
 FULL = Scale()
 QUICK = Scale(
-    working_set_bytes=16 * MIB, rounds=3, calls=50, batch_keys=512, idle_s=1.0, processes=1, warm_bytes=192 * MIB
+    working_set_bytes=16 * MIB,
+    rounds=3,
+    calls=50,
+    batch_keys=512,
+    idle_s=1.0,
+    processes=1,
+    warm_bytes=192 * MIB,
+    cold_blocks=4096,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Literal
 
 from kvstore_client import Client, KVLayout, Namespace, TensorSpec
 
@@ -19,8 +20,8 @@ class NotSettled(TimeoutError):
     """The daemon did not come to rest in time, so that there is nothing to measure."""
 
 
-def namespace(client: Client, block_nbytes: int, name: str) -> Namespace:
-    """A chain namespace of 16-token blocks of `block_nbytes`."""
+def namespace(client: Client, block_nbytes: int, name: str, kind: Literal["chain", "set"] = "chain") -> Namespace:
+    """A namespace of 16-token blocks of `block_nbytes`."""
     layers = _LAYERS.get(block_nbytes)
     shape = (2, layers, BLOCK_TOKENS, 8, 128) if layers else (2, 1, BLOCK_TOKENS, 1, block_nbytes // 64)
     layout = KVLayout([TensorSpec("kv", "bfloat16", shape, "kv layer token head dim")])
@@ -28,7 +29,7 @@ def namespace(client: Client, block_nbytes: int, name: str) -> Namespace:
         model=f"bench/{name}",
         revision="1",
         block_tokens=BLOCK_TOKENS,
-        kind="chain",
+        kind=kind,
         layout=layout,
         identity={"for": "bench"},
     )

@@ -1,18 +1,23 @@
-"""kvctl verbs that act: evict, flush, verify, drain, log-level."""
+"""kvctl verbs that act: evict, flush, verify, compact, drain, log-level."""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Iterator
 
 import click
 
 from kvstore.cli import render
+from kvstore.cli.admin_client import AdminClient
 from kvstore.cli.options import EXIT_FAILED, Options
 from kvstore.cli.session import connected
-from kvstore.protocol.errors import InvalidRequest
+from kvstore.protocol.errors import DeadlineExceeded, InvalidRequest
 from kvstore.sizes import format_size, parse_size
 from kvstore.v1 import admin_pb2 as pb
 from kvstore.v1 import types_pb2
 
 _TIERS = {"hot": types_pb2.TIER_HOT, "warm": types_pb2.TIER_WARM, "cold": types_pb2.TIER_COLD}
+_CHECKED = ("checked", "corrupt", "missing", "repaired")
 _ANSWER_MARGIN_S = 5.0  # the daemon answers at its own time-out; ours must not come first
 
 
@@ -37,12 +42,58 @@ def flush(options: Options, timeout_s: float) -> int:
     return EXIT_FAILED if reply.unsaved else 0
 
 
-def verify(options: Options, tier: str, timeout_s: float) -> int:
-    """Check a tier's checksums; 1 if one was wrong."""
+def verify(options: Options, tier: str, timeout_s: float, *, repair: bool) -> int:
+    """Check a tier's checksums; 1 if a block was damaged, and is not repaired."""
+    total = pb.VerifyResponse()
     with connected(options) as client:
-        reply = client.call("Verify", pb.VerifyRequest(tier=_TIERS[tier]), timeout_s=timeout_s)
-    _tell(options, reply, f"checked {reply.checked} blocks of {tier}, {reply.corrupt} were corrupt and are dropped")
-    return EXIT_FAILED if reply.corrupt else 0
+        blocks = next(found.blocks for found in client.stats().tiers if found.name == tier)
+        request = pb.VerifyRequest(tier=_TIERS[tier], repair=repair)
+        with render.progress(f"checking {tier}", blocks, shown=not options.json) as advance:
+            for page in _pages(client, request, time.monotonic() + timeout_s):
+                advance(page.checked + page.missing)
+                for count in _CHECKED:
+                    setattr(total, count, getattr(total, count) + getattr(page, count))
+    if options.json:
+        render.print_json({count: getattr(total, count) for count in _CHECKED})
+    else:
+        click.echo(_verdict(tier, total))
+    return EXIT_FAILED if total.corrupt + total.missing > total.repaired else 0
+
+
+def compact(options: Options, timeout_s: float) -> int:
+    """Rewrite the cold tier's files without what they no longer need."""
+    with connected(options) as client:
+        reply = client.call("Compact", pb.CompactRequest(), timeout_s=timeout_s)
+    _tell(
+        options,
+        reply,
+        f"the cold tier takes {format_size(reply.after_bytes)}; it was {format_size(reply.before_bytes)}",
+    )
+    return 0
+
+
+def _pages(client: AdminClient, request: pb.VerifyRequest, deadline_s: float) -> Iterator[pb.VerifyResponse]:
+    """One page after the other until the daemon says that there are no more.
+
+    Raises:
+        DeadlineExceeded: not all of it by `deadline_s` (time.monotonic).
+    """
+    while True:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise DeadlineExceeded("not every block could be checked in time; give a longer --timeout")
+        page: pb.VerifyResponse = client.call("Verify", request, timeout_s=left_s)
+        yield page
+        if not page.last:
+            return
+        request.after = page.last
+
+
+def _verdict(tier: str, found: pb.VerifyResponse) -> str:
+    if not found.corrupt + found.missing:
+        return f"checked {found.checked} blocks of {tier}: all are good"
+    cure = f"{found.repaired} repaired" if found.repaired else "run it again with --repair to drop them"
+    return f"checked {found.checked} blocks of {tier}: {found.corrupt} corrupt, {found.missing} missing; {cure}"
 
 
 def drain(options: Options) -> int:

@@ -6,12 +6,17 @@ what it needs when it runs, so that `kvctl --help` costs no more than Python its
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from kvstore.cli.options import Options, merged, shared_options, verb
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _TIER = click.Choice(["hot", "warm", "cold"])
+_LONG_TIMEOUT = click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(1, 86400), default=3600.0, show_default=True, help="Seconds."
+)
 
 
 @click.group(context_settings=_CONTEXT)
@@ -43,11 +48,12 @@ def status(options: Options) -> int:
 
 
 @verb(main, "stats")
-def stats(options: Options) -> int:
+@click.option("--prometheus", is_flag=True, help="In Prometheus's text format, as for its node exporter's text files.")
+def stats(options: Options, prometheus: bool) -> int:
     """Every counter of the daemon."""
     from kvstore.cli import look
 
-    return look.stats(options)
+    return look.prometheus(options) if prometheus else look.stats(options)
 
 
 @verb(main, "tiers")
@@ -105,15 +111,23 @@ def flush(options: Options, timeout_s: float) -> int:
 
 
 @verb(main, "verify")
-@click.argument("tier", type=_TIER)
-@click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(1, 86400), default=600.0, show_default=True, help="Seconds."
-)
-def verify(options: Options, tier: str, timeout_s: float) -> int:
-    """Check every block of TIER against its checksum; exit code 1 if one was wrong."""
+@click.argument("tier", type=_TIER, default="cold")
+@click.option("--repair", is_flag=True, help="Drop what is damaged; what warm still has is saved again.")
+@_LONG_TIMEOUT
+def verify(options: Options, tier: str, repair: bool, timeout_s: float) -> int:
+    """Read every block of TIER (cold) and check it; exit code 1 if one is damaged and not repaired."""
     from kvstore.cli import act
 
-    return act.verify(options, tier, timeout_s)
+    return act.verify(options, tier, timeout_s, repair=repair)
+
+
+@verb(main, "compact")
+@_LONG_TIMEOUT
+def compact(options: Options, timeout_s: float) -> int:
+    """Give the file system back what the cold tier's files no longer need."""
+    from kvstore.cli import act
+
+    return act.compact(options, timeout_s)
 
 
 @verb(main, "drain")
@@ -138,14 +152,43 @@ def log_level(options: Options, level: str) -> int:
 @click.option("--spawn", is_flag=True, help="Start a daemon for this, in a folder that is removed afterwards.")
 @click.option("--quick", is_flag=True, help="Small sizes and few rounds: does it run? Not for figures.")
 @click.option("--warm-bytes", metavar="SIZE", help="Warm pool of the daemon that is started.")
+@click.option("--data", metavar="DIR", envvar="KVTIER_DATA", help="Folder with kv_samples, for the suite cold.")
 @click.option("--list", "listing", is_flag=True, help="Name the suites and end.")
-def bench(
-    options: Options, suites: tuple[str, ...], spawn: bool, quick: bool, warm_bytes: str | None, listing: bool
-) -> int:
-    """Measure SUITEs (all of them where none is named) against memcpy in the same run."""
+def bench(options: Options, **given: Any) -> int:  # noqa: ANN401 (one type per option)
+    """Measure SUITEs (all but cold, which takes minutes, where none is named) against memcpy in the same run."""
     from kvstore.cli import measure
 
-    return measure.bench(options, suites, spawn=spawn, quick=quick, warm_bytes=warm_bytes, listing=listing)
+    return measure.bench(options, measure.Run(**given))
+
+
+@verb(main, "replay")
+@click.argument("trace", metavar="TRACE")
+@click.option("--tiers", metavar="hot=…,warm=…,cold=…", help="Capacities in blocks, or sizes with --block-bytes.")
+@click.option("--block-bytes", metavar="SIZE", help="Size of a block, so that tiers are sizes and moves have bytes.")
+@click.option(
+    "--block-tokens", type=click.IntRange(0), default=0, help="Tokens of a block, to know a partial last one."
+)
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    type=click.Choice(["leaf-lru", "adaptive", "opt", "lru-2", "s3-fifo", "arc"]),
+    help="Order of eviction, several for a sweep; the last three are for comparison only.  [default: adaptive]",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Changes the keys of all blocks, and so the samples.")
+@click.option("--sweep", is_flag=True, help="Every policy at many sizes of one warm tier.")
+@click.option(
+    "--capacities", metavar="LIST", default="0.5,1,2,5,10,20,50", show_default=True, help="Of a sweep, in % of blocks."
+)
+@click.option("--plot", "picture", type=click.Path(dir_okay=False), help="Draw a sweep into a file (PNG, SVG, PDF).")
+def replay(options: Options, **given: Any) -> int:  # noqa: ANN401 (one type per option)
+    """What tiers of a given size would have done with TRACE (JSONL); no daemon is needed.
+
+    TRACE may also be one that is made on the spot: loops, bursts, drift, alternating.
+    """
+    from kvstore.cli import replay as replaying
+
+    return replaying.replay(options, sweep=given.pop("sweep"), question=replaying.Question(**given))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,15 @@ def status(options: Options) -> int:
     return 0
 
 
+def prometheus(options: Options) -> int:
+    """Every counter as Prometheus reads it."""
+    from kvstore.telemetry.metrics import Metrics  # its library takes longer to import than a verb to run
+
+    with connected(options) as client:
+        click.echo(Metrics(client).render(), nl=False)
+    return 0
+
+
 def stats(options: Options) -> int:
     """Every counter, tiers by name."""
     with connected(options) as client:

@@ -3,38 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import click
 
+from kvstore.bench.cold import Cold
+from kvstore.bench.cold_codec import ColdCodecs
 from kvstore.bench.figures import SUITES, TARGETS
 from kvstore.bench.runner import Bench
 from kvstore.bench.scale import FULL, QUICK, Scale
 from kvstore.cli import render
+from kvstore.cli.admin_client import AdminClient
 from kvstore.cli.options import EXIT_FAILED, Options
 from kvstore.cli.session import connected
 from kvstore.protocol.errors import InvalidRequest
 from kvstore.sizes import format_size, parse_size
 
 
-def bench(
-    options: Options, suites: Sequence[str], *, spawn: bool, quick: bool, warm_bytes: str | None, listing: bool
-) -> int:
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What the command line says of a run: which suites, on whose daemon, and how large."""
+
+    suites: Sequence[str]
+    spawn: bool
+    quick: bool
+    warm_bytes: str | None
+    data: str | None  # the folder with kv_samples
+    listing: bool
+
+
+def bench(options: Options, run: Run) -> int:
     """Measure and report; 1 if something could not be measured. Missing a target is not a failure."""
-    if listing:
+    if run.listing:
         return _list(options)
-    scale = _scale(quick, warm_bytes)
+    scale = _scale(run.quick, run.warm_bytes)
+    address = None if run.spawn else _live_address(options)
+    cold = Cold(scale, AdminClient).jobs() | ColdCodecs(scale, Path(run.data) if run.data else None).jobs()
     try:
-        run = Bench(suites, scale, _progress, None if spawn else _live_address(options))
+        made = Bench(run.suites, scale, _progress, address, cold)
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
-    report = run.run()
+    report = made.run()
     if options.json:
         render.print_json(report)
     else:
         _show(report)
-    return EXIT_FAILED if run.failures else 0
+    return EXIT_FAILED if made.failures else 0
 
 
 def _scale(quick: bool, warm_bytes: str | None) -> Scale:

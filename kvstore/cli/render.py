@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -54,6 +55,14 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], title: str 
     for row in cells:
         made.add_row(*row)
     return made
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, while that is a terminal; yields what advances it."""
+    hidden = not (shown and sys.stderr.isatty())
+    with click.progressbar(length=max(total, 1), label=title, file=sys.stderr, hidden=hidden) as made:
+        yield made.update
 
 
 def bar(used: int, capacity: int, width: int = 24) -> str:

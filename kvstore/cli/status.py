@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -13,6 +13,7 @@ from kvstore.cli import render
 from kvstore.v1 import admin_pb2 as pb
 
 _SESSIONS_SHOWN = 8
+_DAY_MS = 86_400_000
 _COLOURS = {"hot": "red", "warm": "yellow", "cold": "blue"}
 
 
@@ -33,16 +34,7 @@ def status_screen(stats: pb.GetStatsResponse, sessions: Sequence[pb.SessionInfo]
 
 def warnings(stats: pb.GetStatsResponse) -> list[str]:
     """What an operator should know, in sentences; empty where all is well."""
-    found = []
-    for tier in stats.tiers:
-        if tier.state not in ("ok", "off", ""):
-            found.append(f"{tier.name} tier: {tier.state}")
-        if tier.restarts:
-            found.append(f"{tier.name} tier: its agent was restarted {tier.restarts} times")
-        if tier.corrupt:
-            found.append(f"{tier.name} tier: {tier.corrupt} copies failed their checksum and were dropped")
-        if tier.write_failures:
-            found.append(f"{tier.name} tier: {tier.write_failures} writes failed")
+    found = [f"{tier.name} tier: {line}" for tier in stats.tiers for line in _tier_warnings(tier)]
     if stats.health == "draining":
         found.append("draining: new blocks are refused")
     if stats.quarantined_bytes:
@@ -52,6 +44,21 @@ def warnings(stats: pb.GetStatsResponse) -> list[str]:
             f"{stats.dropped_unsaved} blocks were evicted from warm without a copy below: cold may be too slow or off"
         )
     return found
+
+
+def _tier_warnings(tier: pb.TierStats) -> Iterator[str]:
+    if tier.state not in ("ok", "off", ""):
+        yield tier.state
+    if tier.restarts:
+        yield f"its agent was restarted {tier.restarts} times"
+    if tier.corrupt:
+        yield f"{tier.corrupt} copies failed their checksum and were dropped"
+    if tier.medium.get("set_aside"):
+        yield "what was found at the start could not be trusted and was set aside (see the log)"
+    if tier.medium.get("full"):
+        yield f"{tier.medium['full']} writes found no room on the disk"
+    if tier.write_failures:
+        yield f"{tier.write_failures} writes failed"
 
 
 def _tiers(stats: pb.GetStatsResponse) -> Table:
@@ -86,9 +93,21 @@ def _ratios(stats: pb.GetStatsResponse) -> Text:
         f"put      {stats.put_stored:,} stored, {stats.put_exists:,} existed"
         + (f", rejected: {rejected}" if rejected else ""),
         f"holding  {stats.namespaces:,} namespaces, {stats.leases:,} leases, {staging} staging",
+        *_wear(stats),
         f"process  {render.size(stats.anonymous_bytes)} of memory beside the pool",
     ]
     return Text("\n" + "\n".join(lines))
+
+
+def _wear(stats: pb.GetStatsResponse) -> list[str]:
+    """What the cold tier wrote to its device since the start, and how often that would fill the device in a day."""
+    medium: Mapping[str, int] = next((tier.medium for tier in stats.tiers if tier.name == "cold"), {})
+    written, disk = medium.get("device_bytes", 0), medium.get("disk_bytes", 0)
+    if not (written and disk and stats.uptime_ms):
+        return []
+    daily = written * _DAY_MS / stats.uptime_ms / disk
+    share = f"{written / medium['written_bytes']:.2f} times its blocks" if medium.get("written_bytes") else ""
+    return [f"device   {render.size(written)} written ({share}), {daily:.2f} drive writes a day at this rate"]
 
 
 def _sessions(sessions: Sequence[pb.SessionInfo]) -> Table:

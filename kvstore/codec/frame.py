@@ -1,57 +1,33 @@
-r"""The frame around a stored block: it says what it is and whose it is, and notices any flipped bit.
+"""Blocks to frames and back: the codecs, what chooses among them, and the checks around them.
 
-Little-endian:
-
-offset  bytes  field
-0       8      magic "KVFRAME\0"
-8       2      frame version (1)
-10      2      header bytes (176)
-12      2      codec id
-14      2      codec version
-16      4      flags (bit 0: the block has no parent)
-20      4      zero
-24      32     namespace digest
-56      32     key
-88      32     parent key
-120     8      namespace epoch
-128     8      raw bytes
-136     8      payload bytes
-144     16     xxh3-128 of the raw bytes (big-endian digest)
-160     8      xxh3-64 of the payload
-168     8      xxh3-64 of the header up to here
-176            payload
-
-Every later version keeps magic, version and header bytes where they are, and ends its header with the hash of
-it. So a frame of another version is told apart from a damaged one.
+A frame says what it holds and whose it is (header.py), and any flipped bit in it is noticed. Frames of version 1 are
+read (frame_v1.py).
 """
 
 from __future__ import annotations
 
-import struct
-from typing import NamedTuple, Protocol
+import threading
+from collections.abc import Sequence
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from kvstore.codec.select import ThreadCodecs, UnknownFormatError
+from kvstore.codec import frame_v1
+from kvstore.codec.base import Codec, Pieces, UnknownFormatError, pieces_nbytes
+from kvstore.codec.exphuf import SLACK_BYTES
+from kvstore.codec.frame_v1 import HeaderV1
+from kvstore.codec.header import MAX_LAYOUT_BYTES, FrameError, FrameHeader, Section, read_prelude
+from kvstore.codec.rates import Rates, choose, measure
+from kvstore.codec.select import CHOICES, POLICIES, CodecSet
+from kvstore.codec.shapes import Tensor, tensors_of
+from kvstore.codec.skip import worth_trying
 
-MAGIC = b"KVFRAME\0"
-FRAME_VERSION = 1
+__all__ = ["Encoded", "FrameError", "FrameFormat", "FrameHeader", "UnknownFormatError"]
 
-_PRELUDE = struct.Struct("<8sHH")
-_HEADER = struct.Struct("<8sHHHHI4x32s32s32sQQQ16sQ")
-_HASH = struct.Struct("<Q")
-HEADER_BYTES = _HEADER.size + _HASH.size
-_MAX_HEADER_BYTES = 4096  # of any version
-_FLAG_ROOT = 1
-
-# Below 1/32 saved a block is stored raw: reading it is a plain copy then, four to eight times faster than decoding.
-_MIN_SAVED = 32
-
-
-class FrameError(ValueError):
-    """A frame that is damaged, or is not the one that was asked for."""
+# Below 1/32 saved a tensor is stored raw: reading it is a plain copy then, four to eight times faster than decoding.
+_MIN_SAVED: Final = 32
 
 
 class FrameRef(Protocol):
@@ -75,7 +51,7 @@ class FrameItem(Protocol):
 
     @property
     def checksum(self) -> bytes:
-        """The xxh3-128 digest of the raw bytes (16 bytes)."""
+        """The xxh3-128 digest (16 bytes) of the raw bytes; when decoding, of what is expected to come out."""
 
     @property
     def parent(self) -> bytes:
@@ -87,97 +63,117 @@ class FrameItem(Protocol):
 
     @property
     def layout(self) -> str:
-        """What the bytes are, as KVLayout.text says it: decides the codec."""
+        """What the bytes are, as KVLayout.text says it: decides the codecs."""
+
+    @property
+    def lossy(self) -> str:
+        """Name of the lossy codec that the namespace opted in to; empty: never lossy."""
 
 
-class FrameHeader(NamedTuple):
-    """A parsed header; `parent` is empty for the root."""
+class Encoded(NamedTuple):
+    """A block as it is to be stored.
 
-    codec_id: int
-    codec_version: int
-    namespace: bytes
-    key: bytes
-    parent: bytes
-    epoch: int
-    raw_bytes: int
-    payload_bytes: int
+    Attributes:
+        pieces: the frame, to be written one after the other; views of the raw bytes, or of memory that the next
+            encode() in this thread uses again: copy or write them before.
+        codec: id of the codec that has most of the bytes.
+        checksum: xxh3-128 of what decoding gives: the item's own, unless `lossy`.
+        lossy: decoding gives other bytes than the raw ones.
+    """
+
+    pieces: Sequence[bytes | memoryview]
+    codec: int
     checksum: bytes
-    payload_hash: int
-
-    def pack(self) -> bytes:
-        """The header's bytes."""
-        flags = 0 if self.parent else _FLAG_ROOT
-        head = _HEADER.pack(MAGIC, FRAME_VERSION, HEADER_BYTES, self.codec_id, self.codec_version, flags, *self[2:])
-        return head + _HASH.pack(xxhash.xxh3_64_intdigest(head))
-
-    @classmethod
-    def parse(cls, frame: memoryview) -> FrameHeader:
-        """Read and check the header of a whole frame; nothing is allocated for what it claims.
-
-        Raises:
-            FrameError: damaged, cut off, or not a frame.
-            UnknownFormatError: an intact frame of a version that this build does not know.
-        """
-        version = _check_prelude(frame)
-        if version != FRAME_VERSION:
-            raise UnknownFormatError(f"frame version {version} is not known to this build (it knows {FRAME_VERSION})")
-        _, _, header_bytes, codec_id, codec_version, flags, *fields = _HEADER.unpack_from(frame)
-        if header_bytes != HEADER_BYTES:
-            raise FrameError(f"header of {header_bytes} bytes where version {version} has {HEADER_BYTES}")
-        if flags & ~_FLAG_ROOT:
-            raise UnknownFormatError(f"frame flags {flags:#x} are not known to this build")
-        if flags & _FLAG_ROOT:
-            fields[2] = b""
-        header = cls(codec_id, codec_version, *fields)
-        if header.payload_bytes != frame.nbytes - HEADER_BYTES:
-            raise FrameError(f"payload of {frame.nbytes - HEADER_BYTES} bytes where {header.payload_bytes} belong")
-        return header
-
-    def check(self, item: FrameItem, raw_bytes: int) -> None:
-        """Say whether this is the block that `item` names, with the content it expects.
-
-        Raises:
-            FrameError: another block, another length or another content.
-        """
-        if (self.namespace, self.key) != (item.ref.namespace, item.ref.key):
-            raise FrameError("the frame holds another block")
-        if self.raw_bytes != raw_bytes:
-            raise FrameError(f"the frame holds a block of {self.raw_bytes} bytes, not of {raw_bytes}")
-        if self.checksum != item.checksum:
-            raise FrameError("the frame holds other content than expected")
+    lossy: bool
 
 
 class FrameFormat:
     """Blocks to frames and back, for any number of threads; satisfies the tiers' BlockFormat."""
 
-    def __init__(self, policy: str = "auto") -> None:
-        """`policy` is one of select.POLICIES."""
-        self._local = ThreadCodecs(policy)
+    def __init__(
+        self, policy: str = "auto", *, numba: bool | None = None, ssd_bytes_s: float = 0.0, readers: int = 2
+    ) -> None:
+        """Nothing is compiled or measured before the first use, or warm().
 
-    def encode(self, item: FrameItem, raw: NDArray[np.uint8]) -> list[bytes | memoryview]:
-        """Frame a block in pieces to be written one after the other; they may be views of `raw`.
+        Args:
+            policy: one of select.POLICIES: `raw`; `exphuf`, two-byte floats compressed, anything else raw; `auto`, by
+                dtype, where warm() has found that reading is not slower for it.
+            numba: True needs numba, False does without, None takes it where it is installed.
+            ssd_bytes_s: what the medium reads in a second; 0: not known, then `auto` compresses.
+            readers: threads that will decode at the same time.
+
+        Raises:
+            ValueError: no such policy.
+            ImportError: numba was asked for and is not installed.
+        """
+        if policy not in POLICIES:
+            raise ValueError(f"codec {policy!r} is none of {', '.join(POLICIES)}")
+        self._policy = policy
+        self._local = _ThreadCodecs(numba)
+        self._choice = CHOICES[policy]
+        self._ssd_bytes_s = ssd_bytes_s
+        self._readers = readers
+        self._rates: Rates | None = None
+
+    def warm(self) -> None:
+        """Measure decoding, after compiling what is to be compiled (4 s, once a process); then `auto` chooses."""
+        self._measure(self._local)
+
+    def compile(self) -> bool:
+        """Go over to numba's path once it is compiled, in the calling thread; False where numba is not installed."""
+        try:
+            local = _ThreadCodecs(numba=True)
+        except ImportError:
+            return False
+        self._measure(local)
+        self._local = local
+        return True
+
+    def _measure(self, local: _ThreadCodecs) -> None:
+        self._rates = measure(local.codecs)
+        if self._policy == "auto":
+            self._choice = choose(self._rates, self._ssd_bytes_s, self._readers)
+
+    def describe(self) -> str:
+        """Codec of two-byte floats and implementation, and after warm() what one thread decodes."""
+        name = "exphuf" if self._choice.floats else "raw"
+        rate = f", decodes {self._rates.exphuf / 1e9:.2f} GB/s a thread" if self._rates else ""
+        return f"{name}, {self._local.codecs.kernels.name}{rate}"
+
+    def encode(self, item: FrameItem, raw: NDArray[np.uint8]) -> Encoded:
+        """Frame a block.
 
         `item.checksum` is taken as it is: the caller has just checked the bytes against it.
         """
         codecs = self._local.codecs
-        codec = codecs.for_dtype(item.layout.partition(" ")[0])
-        pieces = codec.encode(raw)
-        if _size(pieces) > raw.nbytes - raw.nbytes // _MIN_SAVED - 1:
-            codec = codecs.raw
-            pieces = codec.encode(raw)
+        tensors = tensors_of(item.layout, raw.nbytes)
+        codecs.arena.begin(raw.nbytes + len(tensors) * SLACK_BYTES)
+        pieces: Pieces = []
+        sections = []
+        lossy = False
+        for tensor in tensors:
+            codec, stored = self._encode_tensor(codecs, raw[tensor.start : tensor.start + tensor.nbytes], tensor, item)
+            sections.append(Section(codec.codec_id, codec.version, tensor, pieces_nbytes(stored)))
+            lossy |= codec is codecs.int8kv
+            pieces += stored
+        checksum = _checksum_of(codecs, pieces, sections, raw.nbytes) if lossy else item.checksum
+        largest = max(sections, key=lambda section: section.tensor.nbytes)
         header = FrameHeader(
-            codec.codec_id,
-            codec.version,
+            largest.codec_id,
+            largest.codec_version,
             item.ref.namespace,
             item.ref.key,
             item.parent,
             item.epoch,
             raw.nbytes,
-            _size(pieces),
-            item.checksum,
+            pieces_nbytes(pieces),
+            checksum,
             _hash(pieces),
+            lossy,
+            item.layout[:MAX_LAYOUT_BYTES],
+            tuple(sections),
         )
-        return [header.pack(), *pieces]
+        return Encoded([header.pack(), *pieces], largest.codec_id, checksum, lossy)
 
     def decode(self, frame: memoryview, item: FrameItem, out: NDArray[np.uint8]) -> None:
         """Decode a frame into `out` (`out.nbytes` is the raw size that is expected).
@@ -190,38 +186,81 @@ class FrameFormat:
             ValueError: damaged, or another block or content than `item` names.
             LookupError: intact, and of a frame version or codec that this build does not know.
         """
-        header = FrameHeader.parse(frame)
-        header.check(item, out.nbytes)
-        codec = self._local.codecs.by_id(header.codec_id, header.codec_version)
-        payload = frame[HEADER_BYTES:]
+        codecs = self._local.codecs
+        if read_prelude(frame)[0] == frame_v1.VERSION:
+            old, payload = frame_v1.parse(frame)
+            _check(old, item, out.nbytes)
+            frame_v1.decode(old, payload, codecs.zstd, out)
+            return
+        header, payload = FrameHeader.parse(frame)
+        _check(header, item, out.nbytes)
+        readers = [codecs.reader(section.codec_id, section.codec_version) for section in header.sections]
         if xxhash.xxh3_64_intdigest(payload) != header.payload_hash:
             raise FrameError("the payload is damaged")
-        codec.decode(payload, out)
+        _decode_sections(readers, header.sections, payload, out)
+
+    def _encode_tensor(
+        self, codecs: CodecSet, raw: NDArray[np.uint8], tensor: Tensor, item: FrameItem
+    ) -> tuple[Codec, Pieces]:
+        """The codec that a tensor is stored with, and its payload."""
+        if item.lossy == codecs.int8kv.name:
+            stored = codecs.int8kv.encode(raw, tensor)
+            if stored is not None:
+                return codecs.int8kv, stored
+        codec = codecs.writer(tensor, self._choice)
+        if codec is not codecs.raw and worth_trying(raw, tensor):
+            stored = codec.encode(raw, tensor)
+            if stored is not None and pieces_nbytes(stored) < raw.nbytes - raw.nbytes // _MIN_SAVED:
+                return codec, stored
+        return codecs.raw, codecs.raw.encode(raw, tensor)
 
 
-def _check_prelude(frame: memoryview) -> int:
-    """Frame version, after checking the header against its own hash."""
-    if frame.nbytes < HEADER_BYTES:
-        raise FrameError(f"{frame.nbytes} bytes are too few for a frame")
-    magic, version, header_bytes = _PRELUDE.unpack_from(frame)
-    if magic != MAGIC:
-        raise FrameError("not a frame")
-    body_bytes: int = header_bytes - _HASH.size
-    if not (_PRELUDE.size <= body_bytes and header_bytes <= min(frame.nbytes, _MAX_HEADER_BYTES)):
-        raise FrameError(f"impossible header of {header_bytes} bytes")
-    (expected,) = _HASH.unpack_from(frame, body_bytes)
-    if xxhash.xxh3_64_intdigest(frame[:body_bytes]) != expected:
-        raise FrameError("the header is damaged")
-    assert isinstance(version, int)
-    return version
+class _ThreadCodecs(threading.local):
+    """`.codecs` is the calling thread's own CodecSet, made on its first use."""
+
+    def __init__(self, numba: bool | None) -> None:
+        """Runs once in every thread that touches the object, with the arguments of the first."""
+        super().__init__()
+        self.codecs = CodecSet(numba)
 
 
-def _size(pieces: list[bytes | memoryview]) -> int:
-    return sum(piece.nbytes if isinstance(piece, memoryview) else len(piece) for piece in pieces)
+def _check(header: FrameHeader | HeaderV1, item: FrameItem, raw_bytes: int) -> None:
+    """Say whether this is the block that `item` names, with the content it expects.
+
+    Raises:
+        FrameError: another block, another length or another content.
+    """
+    if (header.namespace, header.key) != (item.ref.namespace, item.ref.key):
+        raise FrameError("the frame holds another block")
+    if header.raw_bytes != raw_bytes:
+        raise FrameError(f"the frame holds a block of {header.raw_bytes} bytes, not of {raw_bytes}")
+    if header.checksum != item.checksum:
+        raise FrameError("the frame holds other content than expected")
 
 
-def _hash(pieces: list[bytes | memoryview]) -> int:
+def _decode_sections(
+    readers: Sequence[Codec], sections: Sequence[Section], payload: memoryview, out: NDArray[np.uint8]
+) -> None:
+    position = 0
+    for codec, section in zip(readers, sections, strict=True):
+        tensor = section.tensor
+        stored = payload[position : position + section.stored_bytes]
+        codec.decode(stored, tensor, out[tensor.start : tensor.start + tensor.nbytes])
+        position += section.stored_bytes
+
+
+def _checksum_of(codecs: CodecSet, pieces: Pieces, sections: Sequence[Section], raw_bytes: int) -> bytes:
+    """The xxh3-128 of what these sections decode to."""
+    out = np.empty(raw_bytes, dtype=np.uint8)
+    readers = [codecs.reader(section.codec_id, section.codec_version) for section in sections]
+    _decode_sections(readers, sections, memoryview(b"".join(pieces)), out)
+    digest: bytes = xxhash.xxh3_128_digest(out.data)
+    return digest
+
+
+def _hash(pieces: Pieces) -> int:
     state = xxhash.xxh3_64()
     for piece in pieces:
         state.update(piece)
-    return state.intdigest()
+    digest: int = state.intdigest()
+    return digest

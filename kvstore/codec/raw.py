@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kvstore.codec.base import CodecError
+from kvstore.codec.base import Bytes, CodecError, Pieces
+from kvstore.codec.shapes import Tensor
 
 
 class RawCodec:
-    """Stores a block as it is."""
+    """Stores a tensor as it is."""
 
     name = "raw"
     codec_id = 1
     version = 1
 
-    def encode(self, raw: NDArray[np.uint8]) -> list[bytes | memoryview]:
-        """The block itself, without a copy: valid as long as `raw` is."""
+    def encode(self, raw: Bytes, tensor: Tensor) -> Pieces:
+        """The bytes themselves, without a copy: valid as long as `raw` is."""
         return [raw.data]
 
-    def decode(self, payload: memoryview, out: NDArray[np.uint8]) -> None:
+    def decode(self, payload: memoryview, tensor: Tensor, out: Bytes) -> None:
         """Copy the payload.
 
         Raises:
             CodecError: the payload is not as long as `out`.
         """
         if payload.nbytes != out.nbytes:
-            raise CodecError(f"raw payload of {payload.nbytes} bytes for a block of {out.nbytes}")
+            raise CodecError(f"raw payload of {payload.nbytes} bytes for a tensor of {out.nbytes}")
         np.copyto(out, np.frombuffer(payload, dtype=np.uint8))

@@ -1,73 +1,152 @@
-"""Zstd over whole bytes, for what is not a two-byte float.
-
-fp8 and int8 get Huffman codes alone (e4m3 1.19, e5m2 1.38); wider types and unknown ones get a low level, which
-also finds repeats. Payload: tile table, tiles.
-"""
+"""Zstd of one thread: Huffman codes alone for planes and bytes without repeats, a low level for anything else."""
 
 from __future__ import annotations
+
+from functools import cached_property
+from typing import Final, Protocol
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
 from kvstore.codec.base import CodecError
-from kvstore.codec.tiles import (
-    MAX_TILE_BYTES,
-    TILE_BYTES,
-    TileCoder,
-    huffman_parameters,
-    level_parameters,
-    pack_table,
-    read_table,
-)
+from kvstore.codec.huffman import MAX_SYMBOL
 
-_MAX_LEVEL = 3  # higher levels only find more spurious matches in K/V
+_MAGIC: Final = b"\x28\xb5\x2f\xfd\xa0"  # and: one segment, its size in four bytes, no checksum
+_MAX_WINDOW_BYTES: Final = 1 << 20  # nobody has written larger frames
+_FRAME_HEAD: Final = 9
+_BLOCK_HEAD: Final = 3
+_RAW, _REPEATED, _COMPRESSED = 0, 1, 2
+_LEAST_BLOCK: Final = 8 << 10  # symbols; the last may be shorter
+_FEW_BITS: Final = 5  # below a fifth of a byte for each symbol, repeats are worth looking for
 
 
-class ZstdCodec:
-    """Stores a block as zstd frames. One instance per thread.
+def huffman_parameters() -> zstandard.ZstdCompressionParameters:
+    """Zstd reduced to its Huffman coder.
 
-    Every variant has the same codec id: they differ in how they write, not in how they are read.
+    Exponents of K/V have an entropy of 2.6 to 2.8 bits and no repeats: every match zstd finds is a spurious one (level
+    3 reaches a ratio of 1.415 where this reaches 1.48). A target length of 1, like any negative level, would switch
+    the coding of literals off.
     """
+    return zstandard.ZstdCompressionParameters(
+        strategy=zstandard.STRATEGY_FAST,
+        window_log=17,
+        chain_log=6,
+        hash_log=6,
+        search_log=1,
+        min_match=7,
+        target_length=0,
+        write_content_size=1,
+        write_checksum=0,
+        write_dict_id=0,
+    )
 
-    codec_id = 4
-    version = 1
 
-    def __init__(self, name: str, parameters: zstandard.ZstdCompressionParameters, tile_bytes: int) -> None:
-        """Use `huffman()` or `level()`."""
-        self.name = name
-        self._tile_bytes = tile_bytes
-        self._coder = TileCoder(parameters)
+class ZstdContexts:
+    """Belongs to one thread: a context shared between threads corrupts decodes. Each is made at its first use."""
 
-    @classmethod
-    def huffman(cls) -> ZstdCodec:
-        """Huffman codes alone."""
-        return cls("zstd-huffman", huffman_parameters(), TILE_BYTES)
+    @cached_property
+    def _huffman(self) -> zstandard.ZstdCompressor:
+        return zstandard.ZstdCompressor(compression_params=huffman_parameters())
 
-    @classmethod
-    def level(cls, level: int) -> ZstdCodec:
-        """Plain zstd of level 1 to 3, in tiles of 1 MiB so that it has a window to search."""
-        if not 1 <= level <= _MAX_LEVEL:
-            raise ValueError(f"zstd level {level} is outside 1..{_MAX_LEVEL}")
-        return cls(f"zstd-{level}", level_parameters(level), MAX_TILE_BYTES)
+    @cached_property
+    def _level(self) -> zstandard.ZstdCompressor:
+        parameters = zstandard.ZstdCompressionParameters.from_level(
+            1, window_log=17, write_content_size=1, write_checksum=0, write_dict_id=0
+        )
+        return zstandard.ZstdCompressor(compression_params=parameters)
 
-    def encode(self, raw: NDArray[np.uint8]) -> list[bytes | memoryview]:
-        """Compress; never larger than the block by more than the tile table."""
-        size = self._tile_bytes
-        frames = [self._coder.encode(raw[start : start + size]) for start in range(0, raw.nbytes, size)]
-        return [pack_table([len(frame) for frame in frames], size), *frames]
+    @cached_property
+    def _decompressor(self) -> zstandard.ZstdDecompressor:
+        return zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
 
-    def decode(self, payload: memoryview, out: NDArray[np.uint8]) -> None:
-        """Decompress tile by tile into `out`.
+    def huffman(self, plain: NDArray[np.uint8]) -> bytes:
+        """One frame of Huffman codes."""
+        frame: bytes = self._huffman.compress(plain.data)
+        return frame
+
+    def level_1(self, plain: NDArray[np.uint8]) -> bytes:
+        """One frame of level 1, which also finds repeats."""
+        frame: bytes = self._level.compress(plain.data)
+        return frame
+
+    def decompress(self, frame: memoryview, nbytes: int) -> NDArray[np.uint8]:
+        """The `nbytes` bytes in a frame, read-only.
+
+        A fresh buffer for each frame costs no more than a reused one: it is the one just freed.
 
         Raises:
-            CodecError: the payload is damaged or does not fill `out` exactly.
+            CodecError: not a frame of exactly `nbytes` bytes. Nothing was allocated for what it claims to hold.
         """
-        table = read_table(payload, out.nbytes)
-        if payload.nbytes != table.nbytes + table.stored_bytes:
-            raise CodecError(f"payload of {payload.nbytes} bytes does not encode a block of {out.nbytes}")
-        position = table.nbytes
-        for tile in table.tiles:
-            plain = self._coder.decode(payload[position : position + tile.length], tile.nbytes)
-            np.copyto(out[tile.start : tile.start + tile.nbytes], plain)
-            position += tile.length
+        try:
+            if zstandard.frame_content_size(frame) != nbytes:
+                raise CodecError(f"zstd frame does not hold {nbytes} bytes")
+            plain = self._decompressor.decompress(frame, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise CodecError(f"damaged zstd frame: {error}") from error
+        if len(plain) != nbytes:
+            raise CodecError(f"zstd frame of {len(plain)} bytes where {nbytes} belong")
+        return np.frombuffer(plain, dtype=np.uint8)
+
+
+class BlockWriter(Protocol):
+    """The part of Kernels that this needs."""
+
+    def block(self, symbols: NDArray[np.uint8], top: int, out: NDArray[np.uint8]) -> int:
+        """A zstd block's content in `out`; its bytes, or 0 where it does not pay."""
+
+
+class FrameWriter:
+    """Writes zstd frames of Huffman codes block by block, each with a table that suits it.
+
+    Zstd's own encoder takes over for symbols beyond MAX_SYMBOL, and where there is so little in them that they may
+    repeat.
+    """
+
+    def __init__(self, kernels: BlockWriter, zstd: ZstdContexts) -> None:
+        self._kernels = kernels
+        self._zstd = zstd
+
+    def write(self, symbols: NDArray[np.uint8], top: int, block: int, out: NDArray[np.uint8]) -> int:
+        """A frame of all symbols in `out`; answers its bytes.
+
+        `out` has room for 64 bytes more than they are, `top` is the greatest of them, and `block` is how many share a
+        table, about (at least _LEAST_BLOCK; there are at most 128 Ki).
+        """
+        nbytes = self._write_blocks(symbols, top, block, out) if top <= MAX_SYMBOL and symbols.size >= 256 else 0
+        if nbytes > symbols.size // _FEW_BITS:
+            return nbytes
+        frame = np.frombuffer(self._zstd.huffman(symbols), dtype=np.uint8)
+        if nbytes and nbytes <= frame.size:
+            return nbytes
+        out[: frame.size] = frame
+        return frame.size
+
+    def _write_blocks(self, symbols: NDArray[np.uint8], top: int, block: int, out: NDArray[np.uint8]) -> int:
+        out[:_FRAME_HEAD] = np.frombuffer(_MAGIC + symbols.size.to_bytes(4, "little"), dtype=np.uint8)
+        at, coded = _FRAME_HEAD, symbols.size - symbols.size % 8
+        step = max(-(-block // 8) * 8, _LEAST_BLOCK)
+        for start in range(0, coded, step):
+            part = symbols[start : min(start + step, coded)]
+            last = start + part.size == symbols.size
+            at += self._write_block(part, top, last, out[at:])
+        if coded < symbols.size:  # the few that do not fill four streams evenly
+            at += _put_block(out[at:], _RAW, symbols[coded:], symbols.size - coded, last=True)
+        return at
+
+    def _write_block(self, symbols: NDArray[np.uint8], top: int, last: bool, out: NDArray[np.uint8]) -> int:
+        nbytes = self._kernels.block(symbols, top, out[_BLOCK_HEAD:])
+        if nbytes:
+            return _put_block(out, _COMPRESSED, out[_BLOCK_HEAD : _BLOCK_HEAD + nbytes], nbytes, last)
+        if (symbols == symbols[0]).all():
+            return _put_block(out, _REPEATED, symbols[:1], symbols.size, last)
+        return _put_block(out, _RAW, symbols, symbols.size, last)
+
+
+def _put_block(out: NDArray[np.uint8], kind: int, content: NDArray[np.uint8], size: int, last: bool) -> int:
+    """A block's head and content; answers its bytes."""
+    out[:_BLOCK_HEAD] = np.frombuffer((int(last) | kind << 1 | size << 3).to_bytes(3, "little"), dtype=np.uint8)
+    end = _BLOCK_HEAD + content.size
+    if kind != _COMPRESSED:  # which is there already
+        out[_BLOCK_HEAD:end] = content
+    return end

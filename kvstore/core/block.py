@@ -41,12 +41,14 @@ class Block:
         "first_child",
         "hits",
         "key",
+        "lossy",
         "namespace",
         "next_sibling",
         "orphan",
         "parent",
         "prev_sibling",
         "queued",
+        "reused",
         "saving",
         "slot",
         "stored_bytes",
@@ -57,12 +59,14 @@ class Block:
         self.namespace = namespace
         self.key = key
         self.epoch = namespace.epoch  # a clear does not change it: saved bytes must never be taken for newer ones
-        self.checksum = b""
+        self.checksum = b""  # of the bytes that a reader gets now
+        self.lossy = b""  # of the cold copy's bytes, where that is a lossy one
         self.copies = 0  # HOT | WARM | COLD
         self.slot: Slot | None = None  # FILLING while it loads, READY while WARM
         self.stored_bytes = 0  # on the cold medium
         self.touched = 0  # stamp of the last use
         self.queued = 0  # tiers whose order has an entry for this block
+        self.reused = False  # used after it was stored, or back soon after it left; of a leaf: what hangs on it counts
         self.saving = False  # an agent is copying it to the cold tier
         self.ahead = 0  # the residency's: since when it has been saved ahead of being dropped
         self.hits = 0
@@ -120,6 +124,11 @@ class Block:
         return found
 
     @property
+    def degraded(self) -> bool:
+        """Whether the bytes that a reader gets now went through a lossy copy."""
+        return bool(self.lossy) and self.lossy == self.checksum
+
+    @property
     def present(self) -> bool:
         """Whether a lookup may find it."""
         return bool(self.copies) and not self.orphan
@@ -136,5 +145,10 @@ class Namespace:
     block_tokens: int
     chain: bool
     layout: str = ""
+    cold_codec: str = ""  # a lossy one that its owner asked for; empty: none
     epoch: int = 0
     blocks: dict[bytes, Block] = field(default_factory=dict)
+    salt: int = field(init=False)  # tells equal keys of two namespaces apart; its lowest eight bits are 0
+
+    def __post_init__(self) -> None:
+        self.salt = int.from_bytes(self.digest[:8], "little") & ~0xFF

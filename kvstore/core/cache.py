@@ -32,6 +32,7 @@ class NamespaceShape(NamedTuple):
     block_tokens: int
     chain: bool
     layout: str = ""
+    cold_codec: str = ""
 
 
 class RecoveredBlock(NamedTuple):
@@ -41,6 +42,7 @@ class RecoveredBlock(NamedTuple):
     parent: bytes
     checksum: bytes
     stored_bytes: int
+    lossy: bool = False
 
 
 @dataclass(slots=True)
@@ -90,6 +92,7 @@ class BlockCache:
                 shape.block_tokens,
                 shape.chain,
                 shape.layout,
+                shape.cold_codec,
                 epoch,
             )
             self.index.namespaces[digest] = namespace
@@ -127,6 +130,7 @@ class BlockCache:
         block = self.index.recover(namespace, record.key, record.parent)
         if not block.copies & COLD:
             block.checksum = record.checksum
+            block.lossy = record.checksum if record.lossy else b""
             self.residency.stamp(block)
             self.residency.gain_below(block, COLD, record.stored_bytes)
 

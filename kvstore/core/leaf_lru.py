@@ -12,10 +12,10 @@ of anything below it. The order is a heap of leaves with lazy entries, at most o
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 
-from kvstore.core.block import Block
+from kvstore.core.block import Block, Namespace
 
 _SLACK_ENTRIES = 256
 
@@ -52,7 +52,7 @@ class LeafLru:
             stamp, _, block = heap[0]
             if block.touched > stamp and block.copies & self._tier:
                 heapq.heapreplace(heap, (block.touched, next(self._entry), block))
-            elif block.copies & self._tier and self._is_leaf(block) and allowed(block):
+            elif block.copies & self._tier and is_leaf(block, self._tier) and allowed(block):
                 return block
             else:
                 heapq.heappop(heap)
@@ -67,6 +67,16 @@ class LeafLru:
             parent.touched = max(parent.touched, block.touched)
             self.offer(parent)
         self._compact()
+
+    def refer(self, namespace: Namespace, keys: bytes) -> None:
+        """Blocks that are not here tell this order nothing."""
+
+    def admits(self, namespace: Namespace, key: bytes, victim: Block) -> bool:
+        """A new block is the youngest of all."""
+        return True
+
+    def refuse(self, namespace: Namespace, keys: Sequence[bytes]) -> None:
+        """Nothing is remembered of them."""
 
     def _compact(self) -> None:
         """Drop entries of blocks that were deleted or cleared: without pressure they would pile up."""
@@ -83,5 +93,12 @@ class LeafLru:
         self._heap = list(kept.values())
         heapq.heapify(self._heap)
 
-    def _is_leaf(self, block: Block) -> bool:
-        return not any(child.copies & self._tier for child in block.children())
+
+def is_leaf(block: Block, tier: int) -> bool:
+    """Whether no child of the block has a copy in `tier`."""
+    child = block.first_child
+    while child is not None:
+        if child.copies & tier:
+            return False
+        child = child.next_sibling
+    return True

@@ -84,16 +84,26 @@ class Puts:
         wanted = self._new_items(plan)
         self._hold_parent(plan)
         try:
-            slots = self._residency.take(namespace, len(wanted), plan)
+            # In a set a block that is refused says nothing of the next one.
+            for batch in [wanted] if namespace.chain else [[item] for item in wanted]:
+                self._take(plan, batch)
         except BaseException:  # as MemoryError: the pin must not outlive it
             self._let_go(plan)
             raise
+        return plan
+
+    def _take(self, plan: PutPlan, wanted: list[PutItem]) -> None:
+        """Give slots to new blocks, as far as there is room and they are worth it."""
+        if not wanted:
+            return
+        namespace, keys = plan.namespace, [item.key for item in wanted]
+        self._residency.refer(namespace, b"".join(keys))
+        slots = self._residency.take(namespace, len(keys), plan, keys)
         for item, slot in zip(wanted, slots, strict=False):
             item.slot = slot
         if len(slots) < len(wanted):
             limited = self._residency.budgets[WARM].over_own_limit(namespace.tenant, namespace.slot_bytes)
             self._refuse(plan, wanted[len(slots)], Reject.QUOTA if limited else Reject.NO_ROOM)
-        return plan
 
     def cancel(self, plan: PutPlan) -> None:
         """Give a plan's slots back, as if it had never begun."""
@@ -137,8 +147,8 @@ class Puts:
             return
         block.checksum = item.checksum
         item.status = PutStatus.STORED
+        self._residency.stamp(block)
         self._residency.gain_warm(block, slot)
-        self._residency.touch(block)
 
     def _new_items(self, plan: PutPlan) -> list[PutItem]:
         wanted = []
@@ -156,7 +166,8 @@ class Puts:
         names = [plan.items[0].parent, *(item.key for item in plan.items if item.status == PutStatus.EXISTS)]
         found = [block for name in names if name and (block := self._index.find(plan.namespace, name)) is not None]
         for block in found[-1:] if plan.namespace.chain else found:
-            self._residency.touch(block)
+            # A prefix that is stored piece by piece has not been read yet; what is put a second time has a second user.
+            self._residency.touch(block, reused=block.key != plan.items[0].parent)
         if found and found[-1].slot is not None:
             found[-1].slot.pins += 1
             plan.held = found[-1].slot
@@ -172,9 +183,9 @@ class Puts:
         """`first` cannot be stored, so in a chain nothing after it can."""
         at = plan.items.index(first)
         first.reason = reason
-        for item in plan.items[at + 1 :]:
+        for item in plan.items[at + 1 :] if plan.namespace.chain else ():
             if item.status == PutStatus.REJECTED and item.slot is None:
-                item.reason = Reject.NO_PARENT if plan.namespace.chain else reason
+                item.reason = Reject.NO_PARENT
 
     def _reject(self, items: list[PutItem], reason: Reject) -> None:
         for item in items:

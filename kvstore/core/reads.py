@@ -34,6 +34,7 @@ class AcquireGroup(NamedTuple):
     namespace: Namespace
     keys: bytes
     last: bool = False
+    exact: bool = False  # what is only left as a lossy copy counts as absent
 
 
 class Readiness(NamedTuple):
@@ -140,7 +141,9 @@ class Reads:
             tokens = self._position(groups, unit, served)
         if not tokens:
             return None
-        for part in parts:
+        for part, group in zip(parts, groups, strict=True):
+            start = part.first_block * KEY_BYTES
+            self._residency.refer(part.namespace, group.keys[start : start + len(part.blocks) * KEY_BYTES])
             self._residency.touch(part.blocks[-1])
             self.hit_blocks += len(part.blocks)
         return self.leases.open(session_id, tenant, parts, tokens, now_s)
@@ -211,8 +214,9 @@ class Reads:
     def _position(self, groups: Sequence[AcquireGroup], unit: int, below: int | None) -> int:
         """The longest common position in tokens, below `below` where given."""
         limit = (1 << 62) if below is None else below
-        for namespace, keys, last in groups:
-            blocks = len(keys) // KEY_BYTES if last else self.stored_prefix(namespace, keys)
+        for group in groups:
+            namespace, keys, last, _ = group
+            blocks = len(keys) // KEY_BYTES if last else self._exact_prefix(group)
             limit = min(limit, blocks * namespace.block_tokens)
         tokens = limit - limit % unit
         lasts = [group for group in groups if group.last]
@@ -223,7 +227,15 @@ class Reads:
     def _has(self, group: AcquireGroup, tokens: int) -> bool:
         at = tokens // group.namespace.block_tokens - 1
         block = self._index.find(group.namespace, group.keys[at * KEY_BYTES : (at + 1) * KEY_BYTES])
-        return block is not None and self._residency.available(block)
+        return block is not None and self._residency.available(block) and not (group.exact and block.degraded)
+
+    def _exact_prefix(self, group: AcquireGroup) -> int:
+        """As stored_prefix, up to the first block that is left in a form that the group does not want."""
+        found = self.stored_prefix(group.namespace, group.keys)
+        if not (group.exact and group.namespace.cold_codec):
+            return found
+        held = map(group.namespace.blocks.get, split_keys(group.keys[: found * KEY_BYTES]))
+        return next((i for i, block in enumerate(held) if block is None or block.degraded), found)
 
     def _part(self, group: AcquireGroup, tokens: int) -> LeasePart:
         namespace, stop = group.namespace, tokens // group.namespace.block_tokens
@@ -238,7 +250,7 @@ class Reads:
         part.slots = list(filter(None, slots))
         for slot in part.slots:
             slot.pins += 1
-        if self._residency.up[HOT]:
+        if self._residency.up[HOT] and not part.namespace.cold_codec:  # or hot and cold would have other bytes
             self._count_hits(part.blocks)
         self._residency.counts[WARM].hits += len(part.slots)
         return slots

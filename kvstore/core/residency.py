@@ -6,13 +6,12 @@ engine to carry out; memory of warm slots is freed through the slot table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 
 from kvstore.core.block import COLD, HOT, WARM, Block, Namespace
 from kvstore.core.budget import Budget
-from kvstore.core.index import Index
+from kvstore.core.index import KEY_BYTES, Index
 from kvstore.core.leaf_lru import LeafLru
 from kvstore.core.policy import EvictionPolicy, PolicyFactory
 from kvstore.core.slabs import SlabAllocator
@@ -52,7 +51,7 @@ class Residency:
         self.index = index
         self.slots = slots
         self.allocator = allocator
-        self._clock = count(1)
+        self._clock = 0  # references: blocks that were asked for or stored, whichever tier had them
         self.budgets = {
             tier: Budget(capacity, limits.tenant_bytes.get(tier, {}))
             for tier, capacity in ((HOT, limits.hot_bytes), (WARM, limits.warm_bytes), (COLD, limits.cold_bytes))
@@ -60,7 +59,9 @@ class Residency:
         self.counts = {tier: TierCount() for tier in (HOT, WARM, COLD)}
         self.up = {HOT: False, WARM: True, COLD: False}
         self.deletes: dict[int, list[BelowRef]] = {HOT: [], COLD: []}
-        self.dirty: dict[Block, None] = {}  # in warm and not in cold (hot forgets at every restart), oldest first
+        self.dirty: dict[
+            Block, None
+        ] = {}  # in warm and not in cold (hot forgets at every restart), by put or later use
         # Warm blocks that the saver has saved ahead of what will be dropped. What was loaded from cold is clean too and
         # does not count: it is younger than the blocks that leave next.
         self.ahead_bytes = 0
@@ -78,10 +79,24 @@ class Residency:
 
     # -- uses -------------------------------------------------------------------------------------------------
 
-    def touch(self, block: Block) -> None:
-        """Note a use of the prefix that ends with `block`."""
-        block.touched = next(self._clock)
+    def refer(self, namespace: Namespace, keys: bytes) -> None:
+        """Packed keys of one prefix were found, or are about to be stored. `touch` and `stamp` come on top of it."""
+        self._clock += len(keys) // KEY_BYTES
+        self.warm_order(namespace).refer(namespace, keys)
+        for tier in (COLD, HOT):
+            order = self._below_orders.get((tier, namespace.tenant))
+            if order is not None:
+                order.refer(namespace, keys)
+
+    def touch(self, block: Block, reused: bool = True) -> None:
+        """Note a use of the prefix that ends with `block`; not `reused`: it must stay, and nobody has read it."""
+        self.stamp(block)
+        if reused:
+            block.reused = True
         copies = block.copies
+        if block in self.dirty:
+            del self.dirty[block]
+            self.dirty[block] = None
         if copies & WARM:
             self.warm_order(block.namespace).touch(block)
         for tier in (COLD, HOT):
@@ -99,7 +114,8 @@ class Residency:
 
     def stamp(self, block: Block) -> None:
         """Give a block its first stamp, above the orphans' 0."""
-        block.touched = next(self._clock)
+        self._clock += 1
+        block.touched = self._clock
 
     def first_out(self, block: Block) -> None:
         """Make `block` the next to leave (orphans)."""
@@ -122,10 +138,13 @@ class Residency:
             order = self._warm_orders[key] = self._policy(WARM)
         return order
 
-    def take(self, namespace: Namespace, wanted: int, owner: object) -> list[Slot]:
-        """Up to `wanted` slots in FILLING, dropping unpinned blocks of the same size class where none is free."""
+    def take(self, namespace: Namespace, wanted: int, owner: object, keys: Sequence[bytes] = ()) -> list[Slot]:
+        """Up to `wanted` slots in FILLING, dropping unpinned blocks of the same size class where none is free.
+
+        `keys`: of new blocks, one a slot: from the first on that is worth less than what would have to leave for it,
+        they get none.
+        """
         budget = self.budgets[WARM]
-        order = self.warm_order(namespace)
         found: list[Slot] = []
         while len(found) < wanted:
             missing = wanted - len(found)
@@ -136,14 +155,24 @@ class Residency:
             budget.add(namespace.tenant, len(refs) * namespace.slot_bytes)
             if refs or (room > 0 and self.grow(namespace.tenant, namespace.slot_bytes)):
                 continue
-            victim = order.victim(self._may_leave_warm)
-            if victim is None and budget.over_own_limit(namespace.tenant, namespace.slot_bytes):
-                victim = self._oldest_of(namespace.tenant)  # what it is over by may lie in other classes
-            if victim is None:
+            if not self._make_way(namespace, missing, keys[len(found) :]):
                 break
+        return found
+
+    def _make_way(self, namespace: Namespace, blocks: int, keys: Sequence[bytes]) -> int:
+        """Drop up to `blocks` warm blocks for as many new ones; returns how many."""
+        order, allowed = self.warm_order(namespace), self._may_leave_warm
+        for done in range(blocks):
+            victim = order.victim(allowed)
+            if victim is None and self.budgets[WARM].over_own_limit(namespace.tenant, namespace.slot_bytes):
+                victim = self._oldest_of(namespace.tenant)  # what it is over by may lie in other classes
+            if victim is None or (keys and not order.admits(namespace, keys[done], victim)):
+                if not done:
+                    order.refuse(namespace, keys)
+                return done
             self.evict_warm(victim)
             self.pressed[(namespace.tenant, namespace.slot_bytes)] = None
-        return found
+        return blocks
 
     def gain_warm(self, block: Block, slot: Slot) -> None:
         """A filled slot becomes the block's warm copy."""
@@ -178,6 +207,8 @@ class Residency:
         self.counts[WARM].blocks -= 1
         self._no_longer_ahead(block)
         self.dirty.pop(block, None)
+        if block.lossy and block.copies & COLD:
+            block.checksum = block.lossy
         self.warm_order(block.namespace).remove(block)
         if block in self._spared:
             del self._spared[block]
@@ -261,7 +292,9 @@ class Residency:
             self.deletes[tier].append((block.namespace.digest, block.key))
         if tier == COLD and block.copies & WARM:
             self._no_longer_ahead(block)
-            self.dirty[block] = None
+            if not block.degraded:  # which is never encoded again
+                block.lossy = b""
+                self.dirty[block] = None
         if tier == COLD:
             self._spared.pop(block, None)
         self.below_order(tier, block.namespace.tenant).remove(block)
@@ -358,7 +391,7 @@ class Residency:
 
         Without this a class that has a slab of its own would turn it over for ever beside memory that lies idle.
         """
-        now = next(self._clock)
+        now = self._clock
         ages = {}
         for key, order in self._warm_orders.items():
             victim = order.victim(self._may_leave_warm)

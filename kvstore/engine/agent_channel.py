@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import struct
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Final
 
@@ -18,16 +19,20 @@ from kvstore.protocol.frames import AgentMethod, Frame, FrameSocket
 IN_FLIGHT: Final[Mapping[AgentMethod, int]] = {
     AgentMethod.MAP_SLAB: 2,
     AgentMethod.UNMAP_SLAB: 2,
-    AgentMethod.WRITE: 2,
+    AgentMethod.WRITE: 4,
     AgentMethod.READ: 8,
     AgentMethod.DELETE: 2,
     AgentMethod.SCAN: 2,
     AgentMethod.STATS: 1,
     AgentMethod.FLUSH: 1,
     AgentMethod.CLOSE: 1,
+    AgentMethod.CHECK: 1,
+    AgentMethod.COMPACT: 1,
 }
 
 _DRAIN_S = 1.0
+
+_log = logging.getLogger(__name__)
 
 
 class AgentLost(Unavailable):
@@ -38,36 +43,64 @@ class AgentLate(AgentLost):
     """The agent is there and did not answer in time."""
 
 
+class AgentConfused(AgentLost):
+    """The agent answers what nobody has asked."""
+
+
+TakePart = Callable[[bytes], bool]
+"""Takes the payload of a reply, on the receiving thread, and says whether it was the call's last.
+
+It must neither block for long nor call the agent. It raises AgentConfused where the payload is no answer.
+"""
+
+
 class Call:
     """One frame on its way, to be answered within `timeout_s`."""
 
-    __slots__ = ("_answered", "_deadline_s", "_frame", "_window", "method", "timeout_s")
+    __slots__ = ("_answered", "_deadline_s", "_frame", "_take_part", "_window", "_wrong", "method", "timeout_s")
 
-    def __init__(self, method: AgentMethod, window: threading.BoundedSemaphore, timeout_s: float) -> None:
+    def __init__(
+        self, method: AgentMethod, window: threading.BoundedSemaphore, timeout_s: float, take_part: TakePart | None
+    ) -> None:
         """A call that holds one place of `window` until it is answered."""
         self.method = method
         self.timeout_s = timeout_s
         self._deadline_s = time.monotonic() + timeout_s
         self._window = window
+        self._take_part = take_part
         self._answered = threading.Event()
         self._frame: Frame | None = None
+        self._wrong: AgentConfused | None = None
+
+    def take(self, frame: Frame) -> bool:
+        """Look at a reply; whether it is the call's last."""
+        if self._take_part is None or frame.status:
+            return True
+        try:
+            return self._take_part(frame.payload)
+        except AgentConfused as error:
+            self._wrong = error
+            return True
 
     def answer(self, frame: Frame | None) -> None:
-        """Hand over the reply (None: there will be none); once."""
+        """Hand over the last reply (None: there will be none); once."""
         self._frame = frame
         self._window.release()
         self._answered.set()
 
     def result(self) -> bytes:
-        """Wait for the reply's payload.
+        """Wait for the last reply's payload.
 
         Raises:
-            AgentLate: no reply before the deadline.
-            AgentLost: no reply will come.
+            AgentLate: it did not come before the deadline.
+            AgentConfused: it is no answer to this call.
+            AgentLost: it will not come.
             KVStoreError: the agent refused the call, by its status.
         """
         if not self._answered.wait(max(0.0, self._deadline_s - time.monotonic())):
             raise AgentLate(f"no answer to {self.method.name} within {self.timeout_s:g} s")
+        if self._wrong is not None:
+            raise self._wrong
         if self._frame is None:
             raise AgentLost(f"the agent went away during {self.method.name}")
         if self._frame.status:
@@ -104,8 +137,9 @@ class AgentChannel:
         payload: bytes,
         timeout_s: float,
         fds: Sequence[int] = (),
+        take_part: TakePart | None = None,
     ) -> Call:
-        """Send a request; its time runs from here.
+        """Send a request; its time runs from here. With `take_part` it may be answered by several frames.
 
         Raises:
             AgentLost: it is gone, or did not take the request in.
@@ -114,7 +148,7 @@ class AgentChannel:
         window = self._windows[method]
         if not window.acquire(timeout=timeout_s):
             raise QuotaExceeded(f"the agent is busy: no place for {method.name} within {timeout_s:g} s")
-        call = Call(method, window, timeout_s)
+        call = Call(method, window, timeout_s, take_part)
         with self._lock:
             call_id = next(self._ids) & 0xFFFFFFFF
             if not self._gone:
@@ -148,11 +182,20 @@ class AgentChannel:
         try:
             while True:
                 frame = self._frames.recv()
-                self._answer(frame.call_id, frame)
+                with self._lock:
+                    call = self._pending.get(frame.call_id)
+                if call is not None and call.take(frame):  # else: given up by its sender, or more is to come
+                    self._answer(frame.call_id, frame)
         except KVStoreError:  # the end of the connection, or an oversize frame: out of step either way
-            with self._lock:
-                self._gone = True
-                orphans = list(self._pending.values())
-                self._pending.clear()
-            for call in orphans:
-                call.answer(None)
+            self._end()
+        except Exception:  # noqa: BLE001 - without this nobody would ever hear an answer again
+            _log.exception("an answer of an agent met a defect")
+            self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._gone = True
+            orphans = list(self._pending.values())
+            self._pending.clear()
+        for call in orphans:
+            call.answer(None)

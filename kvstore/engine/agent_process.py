@@ -22,6 +22,8 @@ _ENVIRONMENT = {
     "PYTHONUTF8": "1",
 }
 
+_CRASHES = (-signal.SIGBUS, -signal.SIGSEGV, -signal.SIGABRT)
+
 
 class AgentProcess:
     """A started agent.
@@ -74,6 +76,11 @@ class AgentProcess:
         if code == -signal.SIGKILL and self._why:
             return f"killed: {self._why}"
         return f"killed by signal {-code}" if code < 0 else f"exited with status {code}"
+
+    @property
+    def crashed(self) -> bool:
+        """Whether it died of SIGBUS, SIGSEGV or SIGABRT; to be asked once it is reaped."""
+        return self._process.returncode in _CRASHES
 
     def kill(self) -> None:
         """Send SIGKILL, if it still lives; returns at once."""

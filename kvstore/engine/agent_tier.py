@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 from google.protobuf.message import DecodeError
 
-from kvstore.engine.agent_channel import AgentChannel, AgentLate, AgentLost, Call
+from kvstore.engine.agent_channel import AgentChannel, AgentConfused, AgentLate, AgentLost, Call
 from kvstore.protocol.errors import InternalError, InvalidRequest, KVStoreError, QuotaExceeded
 from kvstore.protocol.frames import MAX_PAYLOAD_BYTES, AgentMethod, FrameSocket
-from kvstore.tiers.base import BlockRef, Outcome, Scannable, StoredRecord, Tier, TierItem, WriteResult
+from kvstore.tiers.base import (
+    BlockRef,
+    CheckPage,
+    CompactResult,
+    Outcome,
+    Scannable,
+    StoredRecord,
+    Tier,
+    TierItem,
+    WriteResult,
+)
 from kvstore.v1 import agent_pb2
 
-READ_FRAME_BYTES = 8 << 20  # small enough that a batch of 16 MiB keeps two reader threads busy
+READ_FRAME_BYTES = 64 << 20  # its blocks are answered one by one, so it only bounds the time for a call
 WRITE_FRAME_BYTES = 16 << 20  # eight 2 MiB blocks fill a transaction; more a transaction gained nothing
 FRAME_ITEMS_MAX = 1024  # an item is some 190 bytes, so a frame stays below 0.3 MiB of the 4 MiB allowed
 DELETE_REFS_MAX = 8192  # 70 bytes each
 SCAN_PAGE_RECORDS = 4000  # 0.8 MiB; the cold tier reads a thousand in one transaction
 STATS_TIMEOUT_S = 2.0
+COMPACT_BYTES_S = 10 << 20  # a slower disk is a hung one
+
+_LAST_OUTCOME = max(Outcome)
+
+Settle: TypeAlias = Callable[[int, Sequence[Outcome]], None]
+"""Is told what became of the items from a position on. Called on the receiving thread: it must neither block for long
+nor call the agent."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,12 +70,23 @@ class AgentTier(Tier, Scannable):
 
     def write(self, items: Sequence[TierItem]) -> list[WriteResult]:
         """Store blocks; BUSY for each whose fate is not known to be better."""
-        answers = self._transfer(AgentMethod.WRITE, items, Outcome.BUSY)
-        return [WriteResult(Outcome(answer.outcome), answer.stored_bytes) for answer in answers]
+        return self.begin_write(items).results()
 
-    def read(self, items: Sequence[TierItem]) -> list[Outcome]:
-        """Fill slots with blocks; MISSING for each that went with its agent, BUSY for each not asked for or refused."""
-        return [Outcome(answer.outcome) for answer in self._transfer(AgentMethod.READ, items, Outcome.MISSING)]
+    def begin_write(self, items: Sequence[TierItem]) -> PendingWrite:
+        """Send blocks to be stored; the results must be asked for, and nothing may touch the sources before."""
+        return PendingWrite(self, items, self._send(AgentMethod.WRITE, items, WRITE_FRAME_BYTES))
+
+    def read(self, items: Sequence[TierItem], settle: Settle | None = None) -> list[Outcome]:
+        """Fill slots with blocks; MISSING for each that went with its agent, BUSY for each not asked for or refused.
+
+        `settle` hears of each block as soon as its slot is filled, and never after the return. Of blocks that went
+        with their agent, or were refused, it does not hear.
+        """
+        transfer = self._send(AgentMethod.READ, items, READ_FRAME_BYTES, settle)
+        return [
+            answer if isinstance(answer, Outcome) else Outcome(answer.outcome)
+            for answer in self._collect(transfer, Outcome.MISSING)
+        ]
 
     def delete(self, refs: Sequence[BlockRef]) -> None:
         """Forget blocks.
@@ -77,19 +107,19 @@ class AgentTier(Tier, Scannable):
         except (KVStoreError, DecodeError):
             return {}
 
-    def scan(self) -> Iterator[StoredRecord]:
-        """Every record, ordered by namespace and key, page by page.
+    def scan(self, after: BlockRef | None = None) -> Iterator[StoredRecord]:
+        """Every record from behind `after`, ordered by namespace and key, page by page.
 
         Raises:
             KVStoreError: the agent went away, or its tier keeps nothing.
         """
-        after = b""
-        while records := self._scan_page(after):
+        position = _position(after)
+        while records := self._scan_page(position):
             yield from records
-            last = records[-1].ref
-            if last.namespace + last.key <= after:
+            last = _position(records[-1].ref)
+            if last <= position:
                 raise InternalError(f"{self.name}: the scan does not advance")
-            after = last.namespace + last.key
+            position = last
 
     def flush(self) -> None:
         """Return once everything written before is durable.
@@ -98,6 +128,38 @@ class AgentTier(Tier, Scannable):
             KVStoreError: that is not sure. A slow disk does not end the agent.
         """
         self._channel.call(AgentMethod.FLUSH, b"", self._timeout_s).result()
+
+    def check(self, after: BlockRef | None, limit: int, repair: bool) -> CheckPage:
+        """Have up to `limit` stored blocks behind `after` read and verified; with `repair` the bad ones are dropped.
+
+        Raises:
+            KVStoreError: the agent went away, keeps nothing, or is too slow; a slow disk does not end it.
+        """
+        position = _position(after)
+        request = agent_pb2.AgentCheckRequest(after=position, limit=limit, repair=repair)
+        payload = self._channel.call(AgentMethod.CHECK, request.SerializeToString(), self._timeout_s).result()
+        try:
+            page = agent_pb2.AgentCheckResponse.FromString(payload)
+        except DecodeError as error:
+            raise InternalError(f"{self.name} agent: unreadable answer to CHECK: {error}") from error
+        last = BlockRef(page.last[:32], page.last[32:]) if page.last else None
+        if last is not None and page.last <= position:
+            raise InternalError(f"{self.name}: the check does not advance")
+        return CheckPage(last, page.checked, page.corrupt, page.missing, page.repaired)
+
+    def compact(self) -> CompactResult:
+        """Have the medium rewritten without its free space.
+
+        Raises:
+            KVStoreError: the agent went away or refused, as for want of disk space; a slow disk does not end it.
+        """
+        timeout_s = self._timeout_s + self.capacity_bytes / COMPACT_BYTES_S
+        payload = self._channel.call(AgentMethod.COMPACT, b"", timeout_s).result()
+        try:
+            result = agent_pb2.AgentCompactResponse.FromString(payload)
+        except DecodeError as error:
+            raise InternalError(f"{self.name} agent: unreadable answer to COMPACT: {error}") from error
+        return CompactResult(result.before_bytes, result.after_bytes)
 
     def map_slab(self, slab_id: int, fd: int, segment_bytes: int) -> None:
         """Make a slab's ranges known to the agent; `fd` stays the caller's.
@@ -128,46 +190,47 @@ class AgentTier(Tier, Scannable):
         """End the connection; for the one who reaped the process. Idempotent."""
         self._channel.close()
 
-    def _transfer(self, method: AgentMethod, items: Sequence[TierItem], lost: Outcome) -> list[agent_pb2.AgentOutcome]:
-        """One answer an item: the agent's, `lost` where it went away, BUSY where it refused or was not asked."""
-        frame_bytes = READ_FRAME_BYTES if method is AgentMethod.READ else WRITE_FRAME_BYTES
-        frames = list(_split(items, frame_bytes))  # all encoded before the first is sent: from there on nothing raises
-        sent: list[Call] = []
-        rest = lost
-        for payload, _, nbytes in frames:
+    def _send(
+        self, method: AgentMethod, items: Sequence[TierItem], frame_bytes: int, settle: Settle | None = None
+    ) -> _Transfer:
+        """Send items in frames; all are encoded before the first is sent: from there on nothing raises."""
+        frames = list(_split(items, frame_bytes, method))
+        transfer = _Transfer([], len(items))
+        first = 0
+        for payload, size, nbytes in frames:
             timeout_s = self._timeout_s * max(1.0, nbytes / frame_bytes)
+            answers = _Answers(method, first, size, settle)
             try:
-                sent.append(self._channel.call(method, payload, timeout_s))
+                call = self._channel.call(method, payload, timeout_s, take_part=answers.take)
             except QuotaExceeded as error:
                 _log.warning("%s: %s", self.name, error)
-                rest = Outcome.BUSY
-                break
+                return transfer._replace(rest=Outcome.BUSY)
             except AgentLost as error:
                 self._end(error)
                 break
-        answers: list[agent_pb2.AgentOutcome] = []
-        for call, (_, size, _) in zip(sent, frames, strict=False):
-            answers += self._collect(call, size, lost)
-        return answers + _all(rest, len(items) - len(answers))
+            transfer.sent.append((call, answers))
+            first += size
+        return transfer
 
-    def _collect(self, call: Call, size: int, lost: Outcome) -> Sequence[agent_pb2.AgentOutcome]:
-        try:
-            answers = agent_pb2.AgentOutcomes.FromString(call.result()).outcomes
-            if len(answers) == size and all(answer.outcome <= max(Outcome) for answer in answers):
-                return answers
-            self._end(InternalError(f"{len(answers)} answers to {size} items, or unknown ones"))
-        except AgentLost as error:
-            self._end(error)
-        except DecodeError as error:
-            self._end(InternalError(f"unreadable answer to {call.method.name}: {error}"))
-        except KVStoreError as error:
-            _log.error("%s agent refused %s: %s", self.name, call.method.name, error)
-            return _all(Outcome.BUSY, size)  # which says nothing of the medium
-        return _all(lost, size)
+    def _collect(self, transfer: _Transfer, lost: Outcome) -> list[agent_pb2.AgentOutcome | Outcome]:
+        """One answer an item: the agent's, `lost` where it went away, BUSY where it refused or was not asked."""
+        answers: list[agent_pb2.AgentOutcome | Outcome] = []
+        for call, parts in transfer.sent:
+            missing = lost
+            try:
+                call.result()
+            except AgentLost as error:
+                self._end(error)
+            except KVStoreError as error:
+                _log.error("%s agent refused %s: %s", self.name, call.method.name, error)
+                missing = Outcome.BUSY  # which says nothing of the medium
+            answers += [missing if answer is None else answer for answer in parts.close()]
+        rest = lost if transfer.rest is None else transfer.rest
+        return answers + [rest] * (transfer.size - len(answers))
 
     def _end(self, error: KVStoreError) -> None:
         """Return once the agent's process cannot touch anything any more."""
-        if isinstance(error, AgentLate | InternalError):
+        if isinstance(error, AgentLate | AgentConfused):
             _log.error("%s agent: %s; it is killed", self.name, error)
             self._end_agent(str(error))
         else:  # already going; how, its supervisor will see
@@ -187,14 +250,102 @@ class AgentTier(Tier, Scannable):
             records = agent_pb2.AgentScanResponse.FromString(payload).records
         except DecodeError as error:
             raise InternalError(f"{self.name} agent: unreadable page: {error}") from error
+        return [_record(message) for message in records]
+
+
+class _Answers:
+    """The outcomes of one call, as its frames bring them."""
+
+    def __init__(self, method: AgentMethod, first: int, size: int, settle: Settle | None) -> None:
+        """Of `size` items, the first of which is item `first` of the batch that `settle` knows."""
+        self._method = method
+        self._first = first
+        self._settle = settle
+        self._lock = threading.Lock()
+        self._closed = False
+        self._found: list[agent_pb2.AgentOutcome | None] = [None] * size
+        self._left = size
+
+    def take(self, payload: bytes) -> bool:
+        """Add the outcomes in a frame; whether it was the last one. On the receiving thread.
+
+        Raises:
+            AgentConfused: they are not what was asked for.
+        """
+        try:
+            part = agent_pb2.AgentOutcomes.FromString(payload)
+        except DecodeError as error:
+            raise AgentConfused(f"unreadable answer to {self._method.name}: {error}") from error
+        answers, first, size = list(part.outcomes), part.first, len(self._found)
+        with self._lock:
+            if self._closed:  # whoever asked has been told that they are lost
+                return True
+            fits = first + len(answers) <= size and not any(self._found[first : first + len(answers)])
+            self._left -= len(answers)
+            if not fits or part.more != (self._left > 0) or any(a.outcome > _LAST_OUTCOME for a in answers):
+                raise AgentConfused(f"{len(answers)} answers from {first} on to {size} items, or unknown ones")
+            self._found[first : first + len(answers)] = answers
+            if self._settle is not None:
+                self._settle(self._first + first, [Outcome(answer.outcome) for answer in answers])
+        return not part.more
+
+    def close(self) -> list[agent_pb2.AgentOutcome | None]:
+        """What has come; from now on nothing is taken and nothing settled."""
+        with self._lock:
+            self._closed = True
+            return self._found
+
+
+class _Transfer(NamedTuple):
+    """Calls on their way for a batch of `size` items; `rest`: what became of the items that were not sent."""
+
+    sent: list[tuple[Call, _Answers]]
+    size: int
+    rest: Outcome | None = None
+
+
+class PendingWrite:
+    """Blocks on their way to the medium."""
+
+    def __init__(self, tier: AgentTier, items: Sequence[TierItem], transfer: _Transfer) -> None:
+        self._tier = tier
+        self._items = items
+        self._transfer = transfer
+
+    def results(self) -> list[WriteResult]:
+        """Wait for the outcomes, in order; BUSY for each block whose fate is not known to be better."""
         return [
-            StoredRecord(BlockRef(r.namespace, r.key), r.parent, r.checksum, r.nbytes, r.stored_bytes, r.epoch)
-            for r in records
+            WriteResult(answer)
+            if isinstance(answer, Outcome)
+            else WriteResult(
+                Outcome(answer.outcome), answer.stored_bytes, answer.codec, answer.lossy, answer.checksum or b""
+            )
+            for answer in self._tier._collect(self._transfer, Outcome.BUSY)
         ]
 
 
-def _split(items: Sequence[TierItem], frame_bytes: int) -> Iterator[tuple[bytes, int, int]]:
+def _position(ref: BlockRef | None) -> bytes:
+    return b"" if ref is None else ref.namespace + ref.key
+
+
+def _record(message: agent_pb2.AgentRecord) -> StoredRecord:
+    return StoredRecord(
+        BlockRef(message.namespace, message.key),
+        message.parent,
+        message.checksum,
+        message.nbytes,
+        message.stored_bytes,
+        message.epoch,
+        message.codec,
+        message.hits,
+        message.stored_s,
+        message.lossy,
+    )
+
+
+def _split(items: Sequence[TierItem], frame_bytes: int, method: AgentMethod) -> Iterator[tuple[bytes, int, int]]:
     """The items in order as payloads, each with its number of items and its bytes of blocks."""
+    add = _add_write if method is AgentMethod.WRITE else _add_read
     message, nbytes = agent_pb2.AgentItems(), 0
     for item in items:
         full = len(message.items) == FRAME_ITEMS_MAX or nbytes + item.range.nbytes > frame_bytes
@@ -202,17 +353,25 @@ def _split(items: Sequence[TierItem], frame_bytes: int) -> Iterator[tuple[bytes,
             yield _payload(message), len(message.items), nbytes
             message, nbytes = agent_pb2.AgentItems(), 0
         nbytes += item.range.nbytes
-        message.items.add(
-            namespace=item.ref.namespace,
-            key=item.ref.key,
-            range=agent_pb2.SlabRange(slab_id=item.range.slab_id, offset=item.range.offset, nbytes=item.range.nbytes),
-            checksum=item.checksum,
-            parent=item.parent,
-            epoch=item.epoch,
-            layout=item.layout,
-        )
+        add(message, item)
     if message.items:
         yield _payload(message), len(message.items), nbytes
+
+
+def _add_read(message: agent_pb2.AgentItems, item: TierItem) -> None:
+    added = message.items.add(namespace=item.ref.namespace, key=item.ref.key, checksum=item.checksum)
+    place = added.range
+    place.slab_id, place.offset, place.nbytes = item.range
+
+
+def _add_write(message: agent_pb2.AgentItems, item: TierItem) -> None:
+    _add_read(message, item)
+    added = message.items[-1]
+    added.parent = item.parent
+    added.epoch = item.epoch
+    added.layout = item.layout
+    added.lossy = item.lossy
+    added.hits = item.hits
 
 
 def _payload(message: agent_pb2.AgentItems) -> bytes:
@@ -220,7 +379,3 @@ def _payload(message: agent_pb2.AgentItems) -> bytes:
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise InvalidRequest(f"{len(message.items)} items of {len(payload)} bytes; a name of theirs is absurdly long")
     return payload
-
-
-def _all(outcome: Outcome, size: int) -> list[agent_pb2.AgentOutcome]:
-    return [agent_pb2.AgentOutcome(outcome=outcome) for _ in range(size)]

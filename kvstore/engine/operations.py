@@ -10,6 +10,7 @@ from kvstore.core.block import COLD, HOT, WARM
 from kvstore.core.cache import BlockCache
 from kvstore.engine.catalogue import Catalogue
 from kvstore.engine.checking import Checker
+from kvstore.engine.media_stats import MediaStats
 from kvstore.engine.mover import DurableTier, Mover
 from kvstore.engine.sessions import Session, Sessions
 from kvstore.engine.slab_keeper import SlabKeeper
@@ -33,16 +34,19 @@ class Operations:
     _catalogue: Catalogue
     _checker: Checker
     _snapshots: Snapshots
+    _media_stats: MediaStats
 
     def stats(self) -> admin_pb2.GetStatsResponse:
         """Everything countable."""
         with self._lock:
             message = self._snapshots.stats(self._cache, self._clock())
-        self._snapshots.add_media(message, self._mover.states(), self._pool)
+        self._snapshots.add_media(message, self._mover.states(), self._pool, self._media_stats)
         message.health = "draining" if self.draining else "serving"
         message.sessions = len(self._sessions)
         message.staging_bytes = self._sessions.staging_bytes
         message.counters["slabs_refused_for_memory"] = self._slabs.short_of_memory
+        for name, count in self._mover.counters().items():
+            message.counters[name] = count
         return message
 
     def list_namespaces(self, session: Session) -> list[admin_pb2.NamespaceInfo]:
@@ -79,9 +83,30 @@ class Operations:
             cast(DurableTier, cold).flush()
         return self._cache.residency.counts[COLD].writes - before, left
 
-    def verify(self, tier: int) -> tuple[int, int]:
-        """Check the checksum of every copy in a tier; bad ones are dropped; returns (checked, corrupt)."""
-        return self._checker.verify(_tier(tier))
+    def verify(self, request: admin_pb2.VerifyRequest) -> admin_pb2.VerifyResponse:
+        """Check the checksum of every copy in a tier.
+
+        Of the cold tier a page at a time, as it lies on the disk, and damaged copies go where `repair` says so. A
+        damaged copy in memory always goes: the next reader would get it.
+        """
+        tier = _tier(request.tier)
+        if tier == COLD:
+            return self._checker.check_cold(request.after, request.limit, request.repair)
+        checked, corrupt = self._checker.verify(tier)
+        return admin_pb2.VerifyResponse(checked=checked, corrupt=corrupt, repaired=corrupt)
+
+    def compact(self) -> admin_pb2.CompactResponse:
+        """Give the file system back what the cold tier does not need.
+
+        Raises:
+            InvalidRequest: the cold tier is off.
+            KVStoreError: it cannot be done now.
+        """
+        cold = self._mover.tier(COLD)
+        if cold is None:
+            raise InvalidRequest("the cold tier is off")
+        before_bytes, after_bytes = cast(DurableTier, cold).compact()
+        return admin_pb2.CompactResponse(before_bytes=before_bytes, after_bytes=after_bytes)
 
 
 _TIERS = {1: HOT, 2: WARM, 3: COLD}

@@ -17,8 +17,9 @@ from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.tiers.base import BlockRef, StoredRecord
 from kvstore.v1 import admin_pb2
 
-_SCAN_ATTEMPTS = 3
-_SCAN_RETRY_S = 0.5
+_SCAN_FAILURES_MAX = 8  # a damaged medium is set aside once it has cost three agents
+_SCAN_PATIENCE_S = 30.0
+_SCAN_RETRY_S = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -37,18 +38,23 @@ def scan_records(cold: DurableTier) -> list[StoredRecord]:
     Raises:
         Unavailable: they cannot be read.
     """
-    for attempt in range(_SCAN_ATTEMPTS):
-        try:
-            return list(cold.scan())
-        except KVStoreError as error:
-            _log.warning("reading the cold tier's records failed: %s", error)
-            time.sleep(_SCAN_RETRY_S * (attempt + 1))
+    failures, deadline_s = 0, time.monotonic() + _SCAN_PATIENCE_S
+    while failures < _SCAN_FAILURES_MAX and time.monotonic() < deadline_s:
+        if cold.state == "ok":
+            try:
+                return list(cold.scan())
+            except KVStoreError as error:
+                _log.warning("reading the cold tier's records failed: %s", error)
+                failures += 1
+        time.sleep(_SCAN_RETRY_S)
     raise Unavailable(f"the cold tier cannot be read ({cold.state}); start with --cold-bytes 0 to do without it")
 
 
 def shape_of(tenant: str, spec: NamespaceSpec) -> NamespaceShape:
     """What the core needs of a specification."""
-    return NamespaceShape(tenant, spec.block_nbytes, spec.block_tokens, spec.kind == "chain", spec.layout.text)
+    return NamespaceShape(
+        tenant, spec.block_nbytes, spec.block_tokens, spec.kind == "chain", spec.layout.text, spec.cold_codec
+    )
 
 
 def recover(cache: BlockCache, catalogue: Catalogue, records: Iterable[StoredRecord]) -> Recovered:
@@ -66,7 +72,10 @@ def recover(cache: BlockCache, catalogue: Catalogue, records: Iterable[StoredRec
         if namespace is None or record.epoch != namespace.epoch or record.nbytes != namespace.block_nbytes:
             result.swept.append(record.ref)
             continue
-        cache.recover(namespace, RecoveredBlock(record.ref.key, record.parent, record.checksum, record.stored_bytes))
+        cache.recover(
+            namespace,
+            RecoveredBlock(record.ref.key, record.parent, record.checksum, record.stored_bytes, record.lossy),
+        )
         result.blocks += 1
     for namespace in namespaces.values():
         cache.recovered(namespace)

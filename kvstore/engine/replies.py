@@ -40,4 +40,5 @@ def _group(part: LeasePart) -> kvstore_pb2.LeaseGroup:
         block_nbytes=part.namespace.block_nbytes,
         namespace=part.namespace.digest,
         checksums=b"".join(map(_CHECKSUM, part.blocks)),
+        lossy=bytes(block.degraded for block in part.blocks) if part.namespace.cold_codec else b"",
     )

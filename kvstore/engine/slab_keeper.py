@@ -12,6 +12,7 @@ from kvstore.core.block import Namespace
 from kvstore.core.cache import BlockCache
 from kvstore.core.residency import ClassKey
 from kvstore.core.slabs import Slab
+from kvstore.engine.guarded import guarded
 from kvstore.protocol.slab import SlabGeometry
 from kvstore.tiers.warm import WarmPool
 
@@ -134,9 +135,16 @@ class SlabKeeper:
 
     def _run(self) -> None:
         while not self._closing:
-            if not self._step():
-                self._wake.wait(_RETRY_S if self._starving else None)
-                self._wake.clear()
+            if not guarded(self._work):  # who starves is not kept waiting by a defect, nor asks for it again and again
+                with self._lock:
+                    self._starving.clear()
+                    self._demand = None
+                    self.changed.notify_all()
+
+    def _work(self) -> None:
+        if not self._step():
+            self._wake.wait(_RETRY_S if self._starving else None)
+            self._wake.clear()
 
     def _step(self) -> bool:
         """Do one piece of work; False where there is none."""

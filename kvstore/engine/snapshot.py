@@ -9,8 +9,9 @@ from pathlib import Path
 from kvstore.core.block import COLD, HOT, WARM, Block
 from kvstore.core.cache import TIER_NAMES, BlockCache
 from kvstore.core.puts import Reject
-from kvstore.engine.mover import AgentedTier
+from kvstore.engine.media_stats import MediaStats
 from kvstore.engine.sessions import Session
+from kvstore.engine.spokes import AgentedTier
 from kvstore.tiers.warm import WarmPool
 from kvstore.v1 import admin_pb2
 
@@ -49,8 +50,10 @@ class Snapshots:
         message.counters["dirty_blocks"] = len(residency.dirty)
         return message
 
-    def add_media(self, message: admin_pb2.GetStatsResponse, media: Mapping[int, AgentedTier], pool: WarmPool) -> None:
-        """What the media say of themselves; outside the lock, an agent may be slow."""
+    def add_media(
+        self, message: admin_pb2.GetStatsResponse, media: Mapping[int, AgentedTier], pool: WarmPool, said: MediaStats
+    ) -> None:
+        """What is known of the media; asks no agent."""
         for tier, entry in zip((HOT, WARM, COLD), message.tiers, strict=True):
             medium = media.get(tier)
             if tier == WARM:
@@ -59,6 +62,7 @@ class Snapshots:
                 entry.state = "off"
             else:
                 entry.state, entry.device, entry.restarts = medium.state, medium.device, medium.restarts
+                entry.medium.update(said.latest(tier))
         message.anonymous_bytes = _anonymous_bytes()
 
     def namespaces(

@@ -28,6 +28,7 @@ from kvstore.core.residency import Limits
 from kvstore.core.slabs import SlabState, SlotRef
 from kvstore.engine.catalogue import Catalogue
 from kvstore.engine.checking import Checker
+from kvstore.engine.media_stats import MediaStats
 from kvstore.engine.mover import AgentedTier, DurableTier, Mover
 from kvstore.engine.operations import Operations
 from kvstore.engine.putting import Source, copy_in, source_of
@@ -93,6 +94,7 @@ class Store(Operations):
         self._catalogue = Catalogue(config.state_dir)
         self._checker = Checker(self._lock, self._cache, self._pool, self._mover)
         self.instance_id = secrets.token_hex(8)
+        self._media_stats = MediaStats(self._mover.states)
         self._snapshots = Snapshots(config.version, self.instance_id, clock())
         self.draining = False
         self._closing = threading.Event()
@@ -115,7 +117,7 @@ class Store(Operations):
             with self._lock:
                 result = recover(self._cache, self._catalogue, records)
             if result.swept:
-                cold.delete(result.swept)
+                self._cache.residency.deletes[COLD] += result.swept
             how = "after a clean shutdown" if clean else "with no clean shutdown before"
             took_s = self._clock() - started
             _log.info(
@@ -123,6 +125,7 @@ class Store(Operations):
             )
         self._slabs.start()
         self._mover.start()
+        self._media_stats.start()
         self._ticker.start()
 
     def tier_up(self, tier: int) -> None:
@@ -152,6 +155,7 @@ class Store(Operations):
             _log.warning("could not save before the end: %s", error)
             unsaved = 1
         self._closing.set()
+        self._media_stats.close()
         deleted = self._mover.close()
         if unsaved == 0 and deleted:
             self._catalogue.leave_clean_mark()
@@ -276,11 +280,13 @@ class Store(Operations):
         with self._lock:
             return self._cache.reads.exists(found, keys)
 
-    def acquire(self, session: Session, groups: Sequence[tuple[bytes, bytes, int]]) -> kvstore_pb2.LeaseReply:
+    def acquire(
+        self, session: Session, groups: Sequence[tuple[bytes, bytes, int]], exact: bool = False
+    ) -> kvstore_pb2.LeaseReply:
         """Pin what is stored, start to load its cold part, and say where everything lies."""
         if not groups:
             raise InvalidRequest("acquire needs at least one group of keys")
-        asked = [self._group(session, *group) for group in groups]
+        asked = [self._group(session, *group)._replace(exact=exact) for group in groups]
         reads = self._cache.reads
         below = reads.foresee(asked)
         with self._lock:

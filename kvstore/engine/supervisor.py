@@ -7,23 +7,32 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
 from kvstore.engine.agent_process import AgentProcess
-from kvstore.engine.agent_tier import AgentTier
+from kvstore.engine.agent_tier import AgentTier, PendingWrite, Settle
 from kvstore.protocol.errors import InvalidRequest, KVStoreError, Unavailable
 from kvstore.protocol.frames import AgentMethod
-from kvstore.tiers.base import BlockRef, Outcome, Scannable, StoredRecord, Tier, TierItem, WriteResult
+from kvstore.tiers.base import (
+    BlockRef,
+    CheckPage,
+    CompactResult,
+    Outcome,
+    Scannable,
+    StoredRecord,
+    Tier,
+    TierItem,
+    WriteResult,
+)
 from kvstore.v1 import agent_pb2
 
 BACKOFF_MIN_S = 0.1
 BACKOFF_MAX_S = 10.0
 MOURNING_S = 5.0  # for on_down(), should it block after all
+START_ATTEMPTS = 5  # of the first agent, while it dies of SIGBUS and the like
 HEALTHY_S = 30.0  # an agent that served this long ends a series of failures
-UNCONFIRMED_DELETES_MAX = 65_536  # 4 MiB of names
 
 _EXIT_S = 1.0  # from the end of its connection to that of its process, where it goes by itself
 
@@ -46,8 +55,8 @@ class AgentSupervisor(Tier, Scannable):
     """A Tier (and Scannable) whose agent may die at any moment.
 
     Call sequence: start(), then any Tier call and map_slab/unmap_slab from any thread, then close(). While the agent is
-    down a write answers BUSY, a read MISSING, and stats() is empty. A fresh agent gets every live slab and every
-    delete that the last one did not confirm before it is used.
+    down a write answers BUSY, a read MISSING, and stats() is empty; everything else raises. A fresh agent gets every
+    live slab before it is used. A delete that raised is the caller's to repeat, before it writes the same blocks again.
 
     `on_up` and `on_down` are called on the supervisor's thread, alternately, beginning with `on_up`; they must neither
     block nor raise, nor call back. A read that is MISSING because its agent has gone returns only after
@@ -62,7 +71,7 @@ class AgentSupervisor(Tier, Scannable):
         on_up: Callable[[], None] = _nothing,
         on_down: Callable[[], None] = _nothing,
         call_timeout_s: float = 30.0,
-        start_timeout_s: float = 20.0,
+        start_timeout_s: float = 90.0,
     ) -> None:
         """Supervise an agent of `config`, called `name` in messages; a frame may take it `call_timeout_s`."""
         self.name = name
@@ -72,12 +81,12 @@ class AgentSupervisor(Tier, Scannable):
         self._call_timeout_s, self._start_timeout_s = call_timeout_s, start_timeout_s
         self._state = "starting"
         self._device = ""
+        self._format = ""
         self._restarts = 0
         self._process: AgentProcess | None = None
         self._life: _Life | None = None
-        self._table = threading.Lock()  # guards the two below, and orders their changes with the changes of agents
+        self._table = threading.Lock()  # guards the slabs, and orders their changes with the changes of agents
         self._slabs: dict[int, tuple[int, int]] = {}  # slab id: our descriptor, segment bytes
-        self._unconfirmed: dict[BlockRef, None] = {}  # deletes, oldest first
         self._spawning = threading.Lock()  # close() either sees a process or prevents it
         self._closing = threading.Event()
         self._started = threading.Event()
@@ -100,6 +109,11 @@ class AgentSupervisor(Tier, Scannable):
         return self._device
 
     @property
+    def format(self) -> str:
+        """How the agent says it writes blocks, as of its last start."""
+        return self._format
+
+    @property
     def pid(self) -> int | None:
         """The process that serves now, if any."""
         process = self._process
@@ -119,55 +133,48 @@ class AgentSupervisor(Tier, Scannable):
 
     def write(self, items: Sequence[TierItem]) -> list[WriteResult]:
         """Store blocks; BUSY for each whose fate is not known to be better."""
-        life = self._life
-        if life is None:
-            return [WriteResult(Outcome.BUSY)] * len(items)
-        results = life.tier.write(items)
-        if self._unconfirmed:  # what was stored again is not to be deleted any more
-            with self._table:
-                for item, result in zip(items, results, strict=True):
-                    if result.outcome is Outcome.OK:
-                        self._unconfirmed.pop(item.ref, None)
-        return results
+        pending = self.begin_write(items)
+        return [WriteResult(Outcome.BUSY)] * len(items) if pending is None else pending.results()
 
-    def read(self, items: Sequence[TierItem]) -> list[Outcome]:
-        """Fill slots with blocks; MISSING also for what went with its agent. No slot is touched after the return."""
+    def begin_write(self, items: Sequence[TierItem]) -> PendingWrite | None:
+        """Send blocks to be stored; the results must be asked for. None while the agent is down."""
+        life = self._life
+        return None if life is None else life.tier.begin_write(items)
+
+    def read(self, items: Sequence[TierItem], settle: Settle | None = None) -> list[Outcome]:
+        """Fill slots with blocks; MISSING also for what went with its agent. No slot is touched after the return.
+
+        `settle` hears of each block as soon as its slot is filled; of blocks that went with their agent, or that it
+        refused, it does not hear.
+        """
         life = self._life
         if life is None:
             return [Outcome.MISSING] * len(items)
-        outcomes = life.tier.read(items)
+        outcomes = life.tier.read(items, settle)
         if life.process.reaped.is_set():
             life.mourned.wait(MOURNING_S)
         return outcomes
 
     def delete(self, refs: Sequence[BlockRef]) -> None:
-        """Forget blocks: now, or before the next agent serves."""
-        life = self._life
-        if life is not None:
-            try:
-                life.tier.delete(refs)
-                return
-            except KVStoreError as error:
-                _log.warning("%s: %d deletes are left to the next agent: %s", self.name, len(refs), error)
-        with self._table:
-            late = self._life not in (None, life)  # the next agent serves already
-            if not late:
-                self._remember(refs)
-        if late:
-            self.delete(refs)
+        """Forget blocks.
+
+        Raises:
+            KVStoreError: that is not confirmed; some may be gone and some not.
+        """
+        self._serving().delete(refs)
 
     def stats(self) -> Mapping[str, int]:
         """Counters of the medium; none while it is down."""
         life = self._life
         return {} if life is None else life.tier.stats()
 
-    def scan(self) -> Iterator[StoredRecord]:
-        """Every record of a durable tier, ordered by namespace and key.
+    def scan(self, after: BlockRef | None = None) -> Iterator[StoredRecord]:
+        """Every record of a durable tier from behind `after`, ordered by namespace and key.
 
         Raises:
             KVStoreError: the agent is down or went away, or its tier keeps nothing.
         """
-        return self._serving().scan()
+        return self._serving().scan(after)
 
     def flush(self) -> None:
         """Return once everything written before is durable.
@@ -176,6 +183,22 @@ class AgentSupervisor(Tier, Scannable):
             KVStoreError: that is not sure.
         """
         self._serving().flush()
+
+    def check(self, after: BlockRef | None, limit: int, repair: bool) -> CheckPage:
+        """Have up to `limit` blocks behind `after` read and verified; with `repair` the bad ones are dropped.
+
+        Raises:
+            KVStoreError: the agent is down, went away, or is too slow.
+        """
+        return self._serving().check(after, limit, repair)
+
+    def compact(self) -> CompactResult:
+        """Have the medium rewritten without its free space.
+
+        Raises:
+            KVStoreError: the agent is down, went away, or refused.
+        """
+        return self._serving().compact()
 
     def map_slab(self, slab_id: int, fd: int, segment_bytes: int) -> None:
         """Make a slab known to this agent and to every later one; `fd` is duplicated and stays the caller's.
@@ -248,20 +271,15 @@ class AgentSupervisor(Tier, Scannable):
             raise Unavailable(f"the {self.name} agent is {self._state}")
         return life.tier
 
-    def _remember(self, refs: Sequence[BlockRef]) -> None:
-        self._unconfirmed.update(dict.fromkeys(refs))
-        excess = len(self._unconfirmed) - UNCONFIRMED_DELETES_MAX
-        if excess > 0:
-            for ref in list(islice(self._unconfirmed, excess)):
-                del self._unconfirmed[ref]
-            _log.error("%s: %d deletes are lost; their bytes stay until the next recovery", self.name, excess)
-
     def _keep(self) -> None:
         """The keeper's life: one agent after the other."""
         delay_s = BACKOFF_MIN_S
+        attempts = 0
         while True:
             served_s = self._run_one()
-            if not self._started.is_set():
+            attempts += 1
+            # A medium whose own pages kill whoever opens it is found out, and set aside, after a few deaths.
+            if not self._started.is_set() and (attempts == START_ATTEMPTS or not self._crashed()):
                 self._closing.set()
                 self._started.set()
             if self._closing.is_set():
@@ -274,37 +292,53 @@ class AgentSupervisor(Tier, Scannable):
             delay_s = min(2 * delay_s, BACKOFF_MAX_S)
             self._restarts += 1
 
+    def _crashed(self) -> bool:
+        """Whether the last process died of what it met, and not by our hand or with a reason of its own."""
+        return self._process is not None and self._process.crashed
+
     def _run_one(self) -> float:
         """One agent from its start until it is reaped: how long it served, in seconds."""
+        process: AgentProcess | None = None
+        why = ""
         try:
             with self._spawning:
                 if self._closing.is_set():
                     return 0.0
                 self._process = process = AgentProcess()
-        except OSError as error:
-            self._state = f"down: {error}"
-            return 0.0
-        try:
-            life = self._introduce(process)
-        except KVStoreError as error:
+            return self._run(process)
+        except (OSError, KVStoreError) as error:
+            why = str(error)
+        except Exception as error:  # noqa: BLE001 - a defect of ours, said in full; without this nobody would replace it
+            _log.exception("keeping the %s agent met a defect", self.name)
+            why = f"{type(error).__name__}: {error}"
+        if process is not None:
             process.end()
             process.frames.close()
-            self._state = f"down: {error}"
-            return 0.0
+        self._state = f"down: {why}"
+        return 0.0
+
+    def _run(self, process: AgentProcess) -> float:
+        """Let a fresh agent serve until it is reaped: how long, in seconds."""
+        life = self._introduce(process)
         began_s = time.monotonic()
-        self._started.set()
-        self._on_up()
-        process.reaped.wait()
-        self._state = f"down: {process.ending}"
-        self._on_down()
-        life.mourned.set()
-        with self._table:
-            self._life = None
-        life.tier.disconnect()
+        try:
+            self._started.set()
+            self._on_up()
+            process.reaped.wait()
+            self._state = f"down: {process.ending}"
+        finally:
+            process.end()  # at once, but where on_up() met a defect
+            try:
+                self._on_down()
+            finally:
+                life.mourned.set()
+                with self._table:
+                    self._life = None
+                life.tier.disconnect()
         return time.monotonic() - began_s
 
     def _introduce(self, process: AgentProcess) -> _Life:
-        """Configure a fresh agent, give it what the last one had, and let it serve."""
+        """Configure a fresh agent, give it the slabs that the last one had, and let it serve."""
         ready = self._configure(process)
         tier = AgentTier(self.name, self.capacity_bytes, process.frames, ready, process.end, self._call_timeout_s)
         with self._table:
@@ -315,9 +349,8 @@ class AgentSupervisor(Tier, Scannable):
                     raise
                 except KVStoreError as error:  # its blocks miss; those in other slabs need not
                     _log.error("%s: slab %d is not mapped: %s", self.name, slab_id, error)
-            tier.delete(list(self._unconfirmed))
-            self._unconfirmed.clear()
             self._device = ready.device
+            self._format = ready.format
             self._life = life = _Life(process, tier, threading.Event())
             self._state = "ok"
         return life

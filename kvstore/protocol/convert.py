@@ -26,6 +26,7 @@ def to_proto(spec: NamespaceSpec) -> types_pb2.NamespaceSpec:
         identity=dict(spec.identity_pairs),
         hash_algorithm=spec.hash_algorithm,
         salt=spec.salt,
+        cold_codec=spec.cold_codec,
     )
 
 
@@ -50,4 +51,5 @@ def from_proto(message: types_pb2.NamespaceSpec) -> NamespaceSpec:
         identity=dict(message.identity),
         salt=message.salt,
         hash_algorithm=message.hash_algorithm,
+        cold_codec=message.cold_codec,
     )

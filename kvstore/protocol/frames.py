@@ -68,6 +68,8 @@ class AgentMethod(IntEnum):
     STATS = 7
     FLUSH = 8
     CLOSE = 9
+    CHECK = 10
+    COMPACT = 11
 
 
 class Frame(NamedTuple):

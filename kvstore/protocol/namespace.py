@@ -21,6 +21,7 @@ __all__ = [
     "CHAIN",
     "HASH_ALGORITHMS",
     "KINDS",
+    "LOSSY_CODECS",
     "MAX_BLOCK_NBYTES",
     "MAX_STRING_BYTES",
     "SET",
@@ -42,6 +43,7 @@ CHAIN: Kind = "chain"
 SET: Kind = "set"
 KINDS = (CHAIN, SET)
 HASH_ALGORITHMS = ("sha256",)
+LOSSY_CODECS = ("int8kv",)
 MAX_BLOCK_NBYTES = 1 << 30
 MAX_SHARD_AXES = 16
 MAX_SHARD_SIZE = 1 << 32
@@ -67,6 +69,8 @@ class NamespaceSpec:
             producer format. Kept as `Identity`: dict(spec.identity) gives the mapping back.
         salt: keeps apart what would otherwise meet; may be empty.
         hash_algorithm: of the block keys.
+        cold_codec: empty: blocks come back bit for bit. One of LOSSY_CODECS: their copies in the cold tier lose
+            precision, and where no other copy is left readers are told so.
 
     Raises:
         InvalidRequest: a field is out of its limits; the message names field, value and limit.
@@ -81,6 +85,7 @@ class NamespaceSpec:
     identity: Mapping[str, str] | Identity = field(default_factory=dict)
     salt: str = ""
     hash_algorithm: str = "sha256"
+    cold_codec: str = ""
 
     def __post_init__(self) -> None:
         """Bring shard and identity into canonical form, then check everything."""
@@ -102,6 +107,10 @@ class NamespaceSpec:
             raise InvalidRequest(f"kind is {self.kind!r:.80}; it must be one of {', '.join(KINDS)}")
         if self.hash_algorithm not in HASH_ALGORITHMS:
             raise InvalidRequest(f"hash_algorithm is {self.hash_algorithm!r:.80}; known: {', '.join(HASH_ALGORITHMS)}")
+        if self.cold_codec and self.cold_codec not in LOSSY_CODECS:
+            raise InvalidRequest(
+                f"cold_codec is {self.cold_codec!r:.80}; it must be empty (exact), or one of {', '.join(LOSSY_CODECS)}"
+            )
         if not isinstance(self.layout, KVLayout):
             raise InvalidRequest(f"layout must be a KVLayout, not {type(self.layout).__name__}")
         if not 1 <= self.block_nbytes <= MAX_BLOCK_NBYTES:
@@ -153,6 +162,7 @@ class NamespaceSpec:
                 _encode_identity(self.identity_pairs),
                 _text(self.hash_algorithm),
                 _text(self.salt),
+                _text(self.cold_codec) if self.cold_codec else b"",  # last, so that older digests stay as they are
             )
         )
         return hashlib.sha256(encoded).digest()

@@ -33,6 +33,14 @@ _TIER_COUNTERS = (
     ("writes", "tier_writes", "Blocks moved into the tier"),
     ("write_failures", "tier_write_failures", "Blocks that could not be moved into the tier"),
 )
+# What a medium counts itself.
+_MEDIUM_COUNTERS = {
+    "written_bytes": "Bytes of blocks written to the medium",
+    "device_bytes": "Bytes written to the device for them, an estimate: pages, trees and copies",
+    "syncs": "Times the medium was synced",
+    "swept": "Payloads without a record that were dropped",
+    "full": "Writes refused for want of room",
+}
 _GAUGES = (
     ("sessions", "sessions", "Attached workers"),
     ("leases", "leases", "Leases held"),
@@ -116,6 +124,12 @@ def _tiers(stats: admin_pb2.GetStatsResponse) -> Iterator[Metric]:
         counter = CounterMetricFamily(f"{PREFIX}_{name}", text, labels=["tier"])
         for tier in stats.tiers:
             counter.add_metric([tier.name], getattr(tier, field))
+        yield counter
+    for name, text in _MEDIUM_COUNTERS.items():
+        counter = CounterMetricFamily(f"{PREFIX}_tier_{name}", text, labels=["tier"])
+        for tier in stats.tiers:
+            if name in tier.medium:
+                counter.add_metric([tier.name], tier.medium[name])
         yield counter
     state = GaugeMetricFamily(f"{PREFIX}_tier_up", "1 while the tier serves", labels=["tier", "device"])
     for tier in stats.tiers:

@@ -1,83 +1,167 @@
-"""The cold tier's LMDB environment: opening it, noticing that it is damaged, and setting it aside.
+"""The cold tier's directory: two LMDB environments, what is known of their history, and setting them aside.
+
+    format       the number of the layout, as text
+    session, condemned   see cold_history
+    lock         flocked by who has it open
+    payload/     blocks: entry key -> frame
+    records/     entry key -> record, and the totals
+
+Payloads are committed before their records and deleted after them. So a record without a payload is a miss, and a
+payload without a record is nobody's: it is swept.
 
 LMDB trusts its file: there are no page checksums, a truncated file is a SIGBUS on read, and without synchronous
 commits a power loss can damage the tree and not only lose the last blocks. So whatever can be noticed is noticed here,
-before the first page is used: an environment that cannot be trusted is renamed and an empty one takes its place.
+before the first page is used: a store that cannot be trusted is renamed and an empty one takes its place.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import lmdb
 
-from kvstore.tiers.cold_records import PAGE_BYTES, Totals
+from kvstore.tiers.cold_file import (
+    DAMAGE,
+    DATA,
+    DamagedEnvironmentError,
+    EnvironmentFile,
+    make_directory,
+    write_durably,
+)
+from kvstore.tiers.cold_history import History
+from kvstore.tiers.cold_import import import_format_1
+from kvstore.tiers.cold_pages import DamagedPagesError, verify
+from kvstore.tiers.cold_records import ENTRY_BYTES, Totals, unpack_record
 
 _log = logging.getLogger(__name__)
 
-DAMAGE: Final = (
-    lmdb.CorruptedError,
-    lmdb.IncompatibleError,
-    lmdb.InvalidError,
-    lmdb.PageNotFoundError,
-    lmdb.VersionMismatchError,
-)
-MIN_MAP_BYTES: Final = 1 << 20
+FORMAT: Final = 2
+_OLDEST_FORMAT = 1
+BLOCKS: Final = b"blocks"
+PAYLOAD, RECORDS = "payload", "records"
+COMPACTED, REPLACED = "payload.new", "payload.old"
 
-_DATA = "data.mdb"
-_SESSION = "session"  # the boot id of whoever has the environment open, or died with it open
-_CONDEMNED = "condemned"  # damage was met while it was in use
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_FORMAT = b"1"
-_SPARE_TRANSACTIONS = 8  # read transactions kept for reuse, one per reader thread
-
-
-class DamagedEnvironmentError(Exception):
-    """The environment cannot be trusted; the message says why."""
+_FORMAT_FILE = "format"
+_LOCK_FILE = "lock"
+_RECORD_SHARE = 4  # of the capacity, as the map of the records; 2 % is what blocks of 16 KiB take
+_PAYLOAD_SLACK = 32  # of the capacity, kept from the map of the payloads so that both files stay within it
+LAYOUT: Final = b"layout"
+LAYOUT_BYTES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
-class ColdEnvironment:
-    """An open environment. `set_aside` is where a damaged one went that was found in its place."""
+class StoreOptions:
+    """How to open a store.
 
-    path: Path
-    env: lmdb.Environment
-    blocks: Any  # entry key -> frame
-    records: Any  # entry key -> record
-    meta: Any  # b"format", b"totals"
-    set_aside: Path | None
+    Args:
+        capacity_bytes: bounds both files together. The maps are sparse: growing one later is illegal while it is read.
+        max_readers: read transactions at one time.
+        map_bytes: of the payloads; 0: what the capacity leaves.
+        sync: whether commits are synchronous.
+        boot_id: of this boot of the machine; empty: ask the kernel.
+    """
 
-    def totals(self) -> Totals:
-        """Totals as of the last commit."""
-        with self.env.begin() as txn:
-            return Totals.unpack(txn.get(b"totals", db=self.meta))
+    capacity_bytes: int
+    max_readers: int
+    map_bytes: int = 0
+    sync: bool = False
+    boot_id: str = ""
+
+
+class ColdStore:
+    """An open store.
+
+    `set_aside` is where a damaged one went that was found in its place (None: there was none); `totals` are as of the
+    opening.
+    """
+
+    def __init__(self, path: Path, options: StoreOptions, lock_fd: int, history: History) -> None:
+        """Open both environments of a directory whose history has been looked at.
+
+        Raises:
+            DamagedEnvironmentError: they cannot be trusted.
+            OSError: they cannot be opened, for a reason that is no damage.
+        """
+        self.path = path
+        self.history = history
+        self.set_aside: Path | None = None
+        self._options = options
+        self._lock_fd = lock_fd
+        self.totals = Totals()
+        self.payload = self.open_payload()
+        try:
+            records_map_bytes = options.capacity_bytes // _RECORD_SHARE
+            self.records = EnvironmentFile(
+                path / RECORDS, records_map_bytes, options.max_readers, name=None, sync=options.sync
+            )
+        except (DamagedEnvironmentError, OSError):
+            self.payload.close()
+            raise
+
+    def open_payload(self) -> EnvironmentFile:
+        """The payloads' environment, opened anew.
+
+        Raises:
+            DamagedEnvironmentError: it cannot be trusted.
+            OSError: it cannot be opened, for a reason that is no damage.
+        """
+        options = self._options
+        map_bytes = options.map_bytes or options.capacity_bytes - options.capacity_bytes // _PAYLOAD_SLACK
+        return EnvironmentFile(self.path / PAYLOAD, map_bytes, options.max_readers, name=BLOCKS, sync=options.sync)
+
+    def load_totals(self) -> Totals:
+        """Totals as of the last commit, rebuilt from the records where the two do not agree."""
+        try:
+            totals = Totals.unpack(self.records.get(b"totals"))
+            if totals.blocks == self.records_held():
+                return totals
+        except ValueError as error:
+            _log.warning("cold tier: %s; they are rebuilt", error)
+        return self.rebuild_totals()
+
+    def records_held(self) -> int:
+        """Records, counted by LMDB."""
+        with self.records.env.begin() as txn:
+            own = sum(txn.get(name) is not None for name in (b"totals", b"tick", LAYOUT))
+            return int(txn.stat()["entries"]) - own
+
+    def agrees(self) -> bool:
+        """Whether there are as many payloads as records."""
+        return self.payload.entries() == self.records_held()
+
+    def pages_are_known(self) -> bool:
+        """Whether the pages that the records name are those of this payload file, and not of one before it."""
+        layout = self.payload.get(LAYOUT)
+        return layout is not None and layout == self.records.get(LAYOUT)
+
+    def renew_layout(self) -> None:
+        """Make the pages that the records name count as unknown; before anybody writes or after everybody stopped."""
+        self.payload.put(LAYOUT, os.urandom(LAYOUT_BYTES))
+
+    def confirm_layout(self) -> None:
+        """Make the pages that the records name count as known; on the writer's thread, or before there is one."""
+        self.records.put(LAYOUT, self.payload.get(LAYOUT) or b"")
 
     def used_bytes(self) -> int:
-        """The highest page ever used, in bytes: what the file takes at most (free pages inside are reused)."""
-        return _used_bytes(self.env)
+        """What both files take at most."""
+        return self.payload.used_bytes + self.records.used_bytes
 
-    def cover(self) -> None:
-        """Make the file as long as its meta page says.
+    def sync(self) -> None:
+        """Return once everything that was committed before is on the medium: payloads first.
 
-        LMDB does not write a page that was allocated at the end and freed in the same transaction. With such a page
-        the file looks truncated, which is what opening checks for.
+        Raises:
+            OSError: the medium did not take it.
         """
-        data = self.path / _DATA
-        used_bytes = self.used_bytes()
-        with contextlib.suppress(OSError):  # no room, no harm
-            if data.stat().st_size < used_bytes:
-                os.truncate(data, used_bytes)
-
-    def condemn(self, reason: str) -> None:
-        """Have the next opening set the environment aside."""
-        condemn(self.path, reason)
+        self.payload.sync()
+        self.records.sync()
 
     def close(self) -> None:
         """Sync, close, and leave word that all went well. Nobody may be reading.
@@ -86,140 +170,164 @@ class ColdEnvironment:
             OSError: the medium did not take the last writes.
         """
         try:
-            self.env.sync(True)
-        except lmdb.Error as error:
-            raise OSError(f"{self.path} could not be synced: {error}") from error
+            self.sync()
+            self.history.end()
         finally:
-            self.env.close()
-        (self.path / _SESSION).unlink(missing_ok=True)
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close as it is; the next opening takes it for a crash."""
+        self.payload.close()
+        self.records.close()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+        self._lock_fd = -1
+
+    def rebuild_totals(self) -> Totals:
+        """Totals summed up from the records; on the writer's thread, or before there is one."""
+        totals = Totals()
+        with self.records.env.begin() as txn, txn.cursor() as cursor:
+            for entry, data in cursor:
+                if len(entry) != ENTRY_BYTES:
+                    continue
+                try:
+                    record, _ = unpack_record(entry, data)
+                    totals = totals.plus(record.nbytes, record.stored_bytes)
+                except ValueError:  # a scan or a read drops it, and takes it off the count
+                    totals = totals.plus(0, 0)
+        with contextlib.suppress(lmdb.DiskError, lmdb.MapFullError):  # the next commit has them
+            self.records.put(b"totals", totals.pack())
+        _log.warning("cold tier: totals rebuilt from the records: %s", totals)
+        return totals
 
 
-def condemn(path: Path, reason: str) -> None:
-    """Have the next opening of the environment in `path` set it aside.
-
-    Also for a supervisor whose agent died of SIGABRT or SIGBUS again and again: LMDB meets some damage that way.
-    """
-    _log.error("cold tier: damage in %s: %s; it will be set aside at the next start", path, reason)
-    with contextlib.suppress(OSError):
-        (path / _CONDEMNED).write_text(reason)
-
-
-def open_environment(path: Path, map_bytes: int, max_readers: int, boot_id: str = "") -> ColdEnvironment:
-    """Open the environment in directory `path` (made with mode 0700), or an empty one in its place.
-
-    Args:
-        path: the directory; its parent must be on the same file system.
-        map_bytes: how far the file may grow. The map is sparse: growing it later is illegal while there are readers.
-        max_readers: read transactions at one time.
-        boot_id: of this boot of the machine; empty: ask the kernel.
+def open_store(path: Path, options: StoreOptions) -> ColdStore:
+    """Open the store in directory `path` (made with mode 0700), or an empty one in its place.
 
     Raises:
-        OSError: it cannot be opened for a reason that is no damage (permissions, already open in this process).
+        OSError: it cannot be opened for a reason that is no damage: permissions, already open, or a newer format, of
+            which nothing is touched.
     """
-    boot_id = boot_id or _current_boot()
-    map_bytes = max(MIN_MAP_BYTES, -(-map_bytes // PAGE_BYTES) * PAGE_BYTES)
-    _make_directory(path)
+    _refuse_newer(path)
+    lock_fd = _claim(path)
     set_aside = None
     try:
-        _check_history(path, boot_id)
-        opened = _open(path, map_bytes, max_readers)
-    except DamagedEnvironmentError as error:
-        set_aside = _set_aside(path, str(error))
-        _make_directory(path)
         try:
-            opened = _open(path, map_bytes, max_readers)
-        except DamagedEnvironmentError as again:
-            raise OSError(f"even an empty environment in {path} cannot be used: {again}") from again
-    with contextlib.suppress(OSError):  # a full disk must not keep us from reading
-        (path / _SESSION).write_text(boot_id)
-    env, (blocks, records, meta) = opened
-    return ColdEnvironment(path, env, blocks, records, meta, set_aside)
-
-
-def _make_directory(path: Path) -> None:
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.chmod(0o700)  # an older one may have been made by hand
-
-
-def _current_boot() -> str:
-    try:
-        return _BOOT_ID.read_text().strip()
-    except OSError:  # no /proc: a power loss cannot be told from a crash
-        return ""
-
-
-def _check_history(path: Path, boot_id: str) -> None:
-    """Raise if its last user met damage, or went down together with the machine."""
-    condemned, session = path / _CONDEMNED, path / _SESSION
-    if condemned.exists():
-        raise DamagedEnvironmentError(f"damage met in use: {condemned.read_text(errors='replace')[:200]}")
-    left = session.read_text(errors="replace").strip() if session.exists() else ""
-    if left and boot_id and left != boot_id:
-        raise DamagedEnvironmentError("the machine went down while it was open, and commits are not synchronous")
-
-
-def _open(path: Path, map_bytes: int, max_readers: int) -> tuple[lmdb.Environment, list[Any]]:
-    """The environment and its three databases, checked."""
-    try:
-        env = lmdb.open(
-            str(path),
-            map_size=map_bytes,
-            subdir=True,
-            mode=0o600,
-            sync=False,
-            writemap=False,  # a full disk is a SIGBUS under it
-            readahead=True,  # without it py-lmdb reads at a tenth of the disk's rate
-            max_readers=max_readers,
-            max_spare_txns=_SPARE_TRANSACTIONS,
-            max_dbs=3,
-        )
-    except lmdb.Error as error:
-        # py-lmdb has no class for the formats of other LMDB generations ("LMDB data format v99 is not supported").
-        if isinstance(error, DAMAGE) or "LMDB data format" in str(error):
-            raise DamagedEnvironmentError(str(error)) from error
-        raise OSError(f"cannot open {path}: {error}") from error
-    try:
-        return _check(path, env)
-    except DAMAGE as error:
-        env.close()
-        raise DamagedEnvironmentError(str(error)) from error
-    except lmdb.Error as error:
-        env.close()
-        raise OSError(f"cannot set up {path}: {error}") from error
-    except DamagedEnvironmentError:
-        env.close()
+            store = _open(path, options, lock_fd)
+        except DamagedEnvironmentError as error:
+            set_aside = _set_aside(path, str(error))
+            os.close(lock_fd)
+            lock_fd = _claim(path)
+            store = _open(path, options, lock_fd)
+    except DamagedEnvironmentError as again:
+        os.close(lock_fd)
+        raise OSError(f"even an empty store in {path} cannot be used: {again}") from again
+    except OSError:
+        os.close(lock_fd)
         raise
+    store.set_aside = set_aside
+    return store
 
 
-def _check(path: Path, env: lmdb.Environment) -> tuple[lmdb.Environment, list[Any]]:
-    """Look at the length of the file before any page, then at the format and at what must agree."""
-    size, expected = (path / _DATA).stat().st_size, _used_bytes(env)
-    if size < expected and env.info()["last_txnid"]:
-        raise DamagedEnvironmentError(f"truncated to {size} bytes where it should have {expected}")
-    env.reader_check()  # slots of readers that died keep old pages from being reused, for ever
-    blocks, records, meta = databases = [env.open_db(name) for name in (b"blocks", b"records", b"meta")]
-    with env.begin(write=True) as txn:
-        found = txn.get(b"format", db=meta)
-        if found is None:
-            txn.put(b"format", _FORMAT, db=meta)
-        counts = txn.stat(blocks)["entries"], txn.stat(records)["entries"]
-        try:
-            totals = Totals.unpack(txn.get(b"totals", db=meta))
-        except ValueError as error:
+def _claim(path: Path) -> int:
+    """Make the directory and lock it against everybody else; a descriptor that holds the lock.
+
+    Raises:
+        OSError: it is locked, or cannot be made.
+    """
+    make_directory(path)
+    fd = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise OSError(f"the cold tier in {path} is already open") from error
+    return fd
+
+
+def _open(path: Path, options: StoreOptions, lock_fd: int) -> ColdStore:
+    history = History(path, options.boot_id)
+    doubt = history.reason_to_verify()
+    _finish_compaction(path)
+    if _format_of(path) == _OLDEST_FORMAT:
+        if doubt:
+            _verify(path, doubt)
+        import_format_1(path, path / PAYLOAD, path / RECORDS)
+    if doubt:
+        for name in (PAYLOAD, RECORDS):
+            _verify(path / name, doubt)
+    if _format_of(path) != FORMAT:
+        write_durably(path / _FORMAT_FILE, f"{FORMAT}\n")
+    history.begin()  # before LMDB meets a page: who dies of one while opening counts as well
+    store = ColdStore(path, options, lock_fd, history)
+    try:
+        store.totals = store.load_totals()
+        if store.payload.get(LAYOUT) is None:
+            store.renew_layout()
+            if not store.records_held():
+                store.confirm_layout()
+    except lmdb.Error as error:
+        store.payload.close()
+        store.records.close()
+        if isinstance(error, DAMAGE):
             raise DamagedEnvironmentError(str(error)) from error
-    if found not in (None, _FORMAT):
-        raise DamagedEnvironmentError(f"format {found!r} is not known to this build")
-    if counts != (totals.blocks, totals.blocks):
-        raise DamagedEnvironmentError(f"{counts[0]} blocks, {counts[1]} records, and {totals.blocks} by the totals")
-    return env, databases
+        raise OSError(f"{path} cannot be used: {error}") from error
+    return store
 
 
-def _used_bytes(env: lmdb.Environment) -> int:
-    return (int(env.info()["last_pgno"]) + 1) * int(env.stat()["psize"])
+def _format_of(path: Path) -> int:
+    """The layout's number; 0 where there is nothing.
+
+    Raises:
+        DamagedEnvironmentError: the file that says so is unreadable.
+    """
+    if (path / DATA).exists():  # also while it is being imported
+        return _OLDEST_FORMAT
+    file = path / _FORMAT_FILE
+    if not file.exists():
+        return 0
+    text = file.read_text(errors="replace").strip()
+    if not text.isdecimal():
+        raise DamagedEnvironmentError(f"its format is {text[:20]!r}")
+    return int(text)
+
+
+def _refuse_newer(path: Path) -> None:
+    with contextlib.suppress(DamagedEnvironmentError):  # which is seen again later
+        found = _format_of(path)
+        if found > FORMAT:
+            raise OSError(
+                f"the cold tier in {path} has format {found}, and this build knows format {FORMAT} (and reads "
+                f"{_OLDEST_FORMAT}); it was left as it is"
+            )
+
+
+def _finish_compaction(path: Path) -> None:
+    """Whatever moment it was interrupted at: `payload` is whole, or has been renamed and is whole under that name."""
+    if not (path / PAYLOAD).exists() and (path / REPLACED).exists():
+        (path / REPLACED).rename(path / PAYLOAD)
+    for name in (COMPACTED, REPLACED):
+        shutil.rmtree(path / name, ignore_errors=True)
+
+
+def _verify(path: Path, doubt: str) -> None:
+    """Walk the trees of an environment that there is a reason to doubt."""
+    data = path / DATA
+    if not data.exists():
+        return
+    start_s = time.monotonic()
+    fd = os.open(data, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        verify(fd)
+    except DamagedPagesError as error:
+        raise DamagedEnvironmentError(f"{doubt}, and {error}") from error
+    finally:
+        os.close(fd)
+    _log.warning("cold tier: %s; %s is whole (%.1f s)", doubt, data, time.monotonic() - start_s)
 
 
 def _set_aside(path: Path, reason: str) -> Path:
-    """Rename the environment out of the way; an older one that was set aside goes, or they would fill the disk."""
+    """Rename the store out of the way; an older one that was set aside goes, or they would fill the disk."""
     for older in path.parent.glob(f"{path.name}.damaged-*"):
         shutil.rmtree(older, ignore_errors=True)
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())

@@ -1,37 +1,51 @@
 """What the cold tier writes beside the blocks: one small record per block, and totals.
 
-Records live in a database of their own, so that recovery reads 88 bytes a block and no payloads. LMDB has no
+Records live in an environment of their own, so that recovery reads 104 bytes a block and no payloads. LMDB has no
 page checksums, so every record carries one, over its key as well.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import xxhash
 
-from kvstore.tiers.base import BlockRef, StoredRecord, TierItem
+from kvstore.tiers.base import BlockRef, StoredRecord
 
-PAGE_BYTES = 4096
-NAME_BYTES = 32  # of a namespace digest, of a key
+PAGE_BYTES: Final = 4096
+NAME_BYTES: Final = 32  # of a namespace digest, of a key
+ENTRY_BYTES: Final = 2 * NAME_BYTES
 
-_RECORD = struct.Struct("<BB6x32s16sQQQ")  # version, root, parent, checksum, nbytes, stored bytes, epoch
+# version, flags, codec, hits, parent, checksum, nbytes, stored bytes, epoch, stored at, page
+_RECORD = struct.Struct("<BBHI32s16sQQQQQ")
+_RECORD_1 = struct.Struct("<BB6x32s16sQQQ")  # of format 1: version, root, parent, checksum, nbytes, stored bytes, epoch
 _HASH = struct.Struct("<Q")
-RECORD_BYTES = _RECORD.size + _HASH.size
-_VERSION = 1
+RECORD_BYTES: Final = _RECORD.size + _HASH.size
+_VERSION = 2
+_FLAG_ROOT, _FLAG_LOSSY = 1, 2
+_HITS_MAX = (1 << 32) - 1
 _TOTALS = struct.Struct("<QQQ")
 
 # A node of up to 2,038 bytes (8 of them its head) stays in its leaf page; a larger value gets whole pages of its own,
 # 16 bytes of the first being their header.
-_INLINE_BYTES = 2038 - 8 - 2 * NAME_BYTES
-_OVERFLOW_HEADER_BYTES = 16
-_ENTRY_BYTES = 2 * (2 * NAME_BYTES + 10) + 8 + RECORD_BYTES  # a block's nodes in the two leaves
+INLINE_BYTES: Final = 2038 - 8 - ENTRY_BYTES
+OVERFLOW_HEADER_BYTES: Final = 16
+_NODE_BYTES = 2 * (ENTRY_BYTES + 10) + 8 + RECORD_BYTES  # a block's nodes in the leaves of both environments
 _LEAF_SLACK = 2  # random keys leave leaves half empty at worst
+_SHARE_BYTES = _NODE_BYTES * _LEAF_SLACK
+_SHARE_1_BYTES = 488  # the same in format 1
+
+
+class Entry(NamedTuple):
+    """A stored record, and the page where its payload lay when it was written (0: not known, or in a leaf page)."""
+
+    record: StoredRecord
+    page: int
 
 
 class Totals(NamedTuple):
-    """Sums over all blocks, kept in the same transactions as the blocks."""
+    """Sums over all blocks, kept in the same transactions as the records."""
 
     blocks: int = 0
     raw_bytes: int = 0
@@ -66,11 +80,15 @@ class Totals(NamedTuple):
 
 
 def footprint_bytes(frame_bytes: int) -> int:
-    """What a frame of this size takes in the environment: pages, and its share of the trees."""
-    share = _ENTRY_BYTES * _LEAF_SLACK
-    if frame_bytes <= _INLINE_BYTES:
-        return frame_bytes * _LEAF_SLACK + share
-    return -(-(frame_bytes + _OVERFLOW_HEADER_BYTES) // PAGE_BYTES) * PAGE_BYTES + share
+    """What a frame of this size takes on the medium: pages, and its share of the trees of both environments."""
+    if frame_bytes <= INLINE_BYTES:
+        return frame_bytes * _LEAF_SLACK + _SHARE_BYTES
+    return -(-(frame_bytes + OVERFLOW_HEADER_BYTES) // PAGE_BYTES) * PAGE_BYTES + _SHARE_BYTES
+
+
+def payload_bytes(stored_bytes: int) -> int:
+    """The pages of a block's own that footprint_bytes counted; 0 for a block in a leaf page."""
+    return max(0, stored_bytes - _SHARE_BYTES) // PAGE_BYTES * PAGE_BYTES
 
 
 def entry_key(ref: BlockRef) -> bytes:
@@ -84,26 +102,68 @@ def entry_key(ref: BlockRef) -> bytes:
     return ref.namespace + ref.key
 
 
-def pack_record(entry: bytes, item: TierItem, stored_bytes: int) -> bytes:
-    """The record of a block that is about to be stored under `entry`."""
-    root = not item.parent
-    body = _RECORD.pack(_VERSION, root, item.parent, item.checksum, item.range.nbytes, stored_bytes, item.epoch)
-    return body + _HASH.pack(xxhash.xxh3_64_intdigest(entry + body))
+def entry_ref(entry: bytes) -> BlockRef:
+    """The block that an LMDB key names."""
+    return BlockRef(entry[:NAME_BYTES], entry[NAME_BYTES:])
 
 
-def unpack_record(entry: bytes, data: bytes) -> StoredRecord:
+def pack_record(record: StoredRecord, page: int = 0) -> bytes:
+    """A block's record for the medium."""
+    flags = (0 if record.parent else _FLAG_ROOT) | (_FLAG_LOSSY if record.lossy else 0)
+    body = _RECORD.pack(
+        _VERSION,
+        flags,
+        record.codec,
+        min(record.hits, _HITS_MAX),
+        record.parent,
+        record.checksum,
+        record.nbytes,
+        record.stored_bytes,
+        record.epoch,
+        record.stored_s,
+        page,
+    )
+    return body + _seal(entry_key(record.ref), body)
+
+
+def unpack_record(entry: bytes, data: bytes) -> Entry:
     """Parse a record.
 
     Raises:
         ValueError: damaged, or of a version that this build does not know.
     """
-    if len(entry) != 2 * NAME_BYTES or len(data) != RECORD_BYTES:
+    if len(entry) != ENTRY_BYTES or len(data) != RECORD_BYTES:
         raise ValueError(f"record of {len(data)} bytes under a key of {len(entry)}")
     body = data[: _RECORD.size]
-    if _HASH.pack(xxhash.xxh3_64_intdigest(entry + body)) != data[_RECORD.size :]:
+    if _seal(entry, body) != data[_RECORD.size :]:
         raise ValueError("damaged record")
-    version, root, parent, checksum, nbytes, stored_bytes, epoch = _RECORD.unpack(body)
+    version, flags, codec, hits, parent, checksum, nbytes, stored_bytes, epoch, stored_s, page = _RECORD.unpack(body)
     if version != _VERSION:
         raise ValueError(f"record version {version} is not known to this build")
+    parent = b"" if flags & _FLAG_ROOT else parent
+    lossy = bool(flags & _FLAG_LOSSY)
     ref = BlockRef(entry[:NAME_BYTES], entry[NAME_BYTES:])
-    return StoredRecord(ref, b"" if root else parent, checksum, nbytes, stored_bytes, epoch)
+    return Entry(
+        StoredRecord(ref, parent, checksum, nbytes, stored_bytes, epoch, codec, hits, stored_s, lossy),
+        page,
+    )
+
+
+def unpack_record_1(entry: bytes, data: bytes) -> StoredRecord:
+    """Parse a record of format 1, which had no codec, times or uses.
+
+    Raises:
+        ValueError: damaged.
+    """
+    if len(entry) != ENTRY_BYTES or len(data) != _RECORD_1.size + _HASH.size:
+        raise ValueError(f"record of {len(data)} bytes under a key of {len(entry)}")
+    body = data[: _RECORD_1.size]
+    version, root, parent, checksum, nbytes, stored_bytes, epoch = _RECORD_1.unpack(body)
+    if _seal(entry, body) != data[_RECORD_1.size :] or version != 1:
+        raise ValueError("damaged record")
+    stored_bytes += _SHARE_BYTES - _SHARE_1_BYTES
+    return StoredRecord(entry_ref(entry), b"" if root else parent, checksum, nbytes, stored_bytes, epoch)
+
+
+def _seal(entry: bytes, body: bytes) -> bytes:
+    return _HASH.pack(xxhash.xxh3_64_intdigest(entry + body))

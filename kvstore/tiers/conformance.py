@@ -10,6 +10,7 @@ check raises AssertionError with what went wrong. Nothing here needs a test fram
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +19,13 @@ from typing import Protocol, cast
 
 import numpy as np
 
+from kvstore.protocol.errors import KVStoreError
 from kvstore.tiers.base import (
     BlockRef,
     Outcome,
     Scannable,
     SlabMemory,
     SlabRange,
-    StoredRecord,
     Tier,
     TierItem,
 )
@@ -88,7 +89,7 @@ class Rig:
         checksum = block_checksum(self.memory.view(place))
         parent = _digest(f"key {number - 1}") if number else b""
         ref = BlockRef(_digest(f"namespace {namespace}"), _digest(f"key {number}"))
-        return TierItem(ref, place, checksum, parent, epoch=7 + version, layout="bfloat16")
+        return TierItem(ref, place, checksum, parent, epoch=7 + version, layout="bfloat16", hits=number)
 
     def target(self, item: TierItem) -> TierItem:
         """The same block, to be read into a fresh range with a guard byte on either side."""
@@ -193,7 +194,8 @@ def check_namespaces_do_not_meet(factory: TierFactory) -> None:
     with Rig(factory) as rig:
         one, two = rig.block(1), rig.block(1, namespace="two")
         rig.store([one])
-        expect(rig.fetch([two]) == [Outcome.MISSING], "a block is served to another namespace")
+        same_bytes = one._replace(ref=two.ref)
+        expect(rig.fetch([two, same_bytes]) == [Outcome.MISSING] * 2, "a block is served to another namespace")
         rig.store([two])
         rig.tier.delete([one.ref])
         expect(rig.fetch([one, two]) == [Outcome.MISSING, Outcome.OK], "delete reached into another namespace")
@@ -209,10 +211,8 @@ def check_wrong_checksum_is_never_served(factory: TierFactory) -> None:
         good = rig.block(2)
         rig.store([good])
         asked = good._replace(checksum=bytes(16))
-        expect(rig.fetch([asked]) == [Outcome.CORRUPT], "another content than was asked for is not CORRUPT")
-        expect(rig.fetch([good]) == [Outcome.MISSING], "a copy that was CORRUPT has not been dropped")
-        rig.store([good])
-        expect(rig.fetch([good]) == [Outcome.OK], "a block that was CORRUPT cannot be stored again")
+        expect(rig.fetch([asked]) == [Outcome.MISSING], "another content than is stored is not MISSING")
+        expect(rig.fetch([good]) == [Outcome.OK], "a good copy was dropped because another content was asked for")
 
 
 def check_wrong_size_is_never_served(factory: TierFactory) -> None:
@@ -301,7 +301,8 @@ def check_close(factory: TierFactory) -> None:
         rig.tier.close()
         expect(rig.fetch([item]) != [Outcome.OK], "a closed tier serves")
         expect(rig.write([item]) != [Outcome.OK], "a closed tier stores")
-        rig.tier.delete([item.ref])
+        with contextlib.suppress(OSError, KVStoreError):  # a tier that cannot delete any more may say so
+            rig.tier.delete([item.ref])
 
 
 def check_reopening_serves(factory: TierFactory) -> None:
@@ -326,13 +327,15 @@ def check_scan(factory: TierFactory) -> None:
         rig.tier.delete([items[0].ref])
         rig.store([rig.block(1, 2000, version=3)])
         wanted = [
-            StoredRecord(item.ref, item.parent, item.checksum, item.range.nbytes, result.stored_bytes, item.epoch)
+            (item.ref, item.parent, item.checksum, item.range.nbytes, item.epoch, item.hits, *result[1:4])
             for item, result in zip(items[2:], results[2:], strict=True)
         ]
         for _ in range(2):
             found = {record.ref: record for record in cast(DurableTier, rig.tier).scan()}
             expect(len(found) == 39 and items[0].ref not in found, f"scan found {len(found)} blocks")
-            expect([found[record.ref] for record in wanted] == wanted, "a record is not what was written")
+            names = ("ref", "parent", "checksum", "nbytes", "epoch", "hits", "stored_bytes", "codec", "lossy")
+            kept = [tuple(getattr(found[record[0]], name) for name in names) for record in wanted]
+            expect(kept == wanted, "a record is not what was written")
             replaced = found[items[1].ref]
             expect((replaced.nbytes, replaced.epoch) == (2000, 10), "a replaced block has its old record")
             rig.reopen()

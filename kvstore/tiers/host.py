@@ -88,10 +88,12 @@ class HostMemoryTier(Tier):
         except KeyError:
             self._tally.add("unmapped")
             return Outcome.BUSY
-        if held.checksum == item.checksum and held.data.nbytes == out.nbytes:
-            np.copyto(out, held.data)
-            if block_checksum(out) == item.checksum:
-                return Outcome.OK
+        if (held.checksum, held.data.nbytes) != (item.checksum, out.nbytes):
+            self._tally.add("missing")  # what is held is another content, and not damaged
+            return Outcome.MISSING
+        np.copyto(out, held.data)
+        if block_checksum(out) == item.checksum:
+            return Outcome.OK
         self._tally.add("corrupt")
         with self._lock:
             if self._held.get(item.ref) is held:  # not a newer copy, written meanwhile

@@ -52,6 +52,7 @@ class AdminHandlers:
             MethodSpec("Evict", pb.EvictRequest, pb.EvictResponse, self.evict),
             MethodSpec("Flush", pb.FlushRequest, pb.FlushResponse, self.flush),
             MethodSpec("Verify", pb.VerifyRequest, pb.VerifyResponse, self.verify),
+            MethodSpec("Compact", pb.CompactRequest, pb.CompactResponse, self.compact),
             MethodSpec("Drain", pb.DrainRequest, pb.DrainResponse, self.drain),
             MethodSpec("SetLogLevel", pb.SetLogLevelRequest, pb.SetLogLevelResponse, self.set_log_level),
         )
@@ -97,11 +98,16 @@ class AdminHandlers:
         return pb.FlushResponse(saved=saved, unsaved=unsaved)
 
     def verify(self, request: pb.VerifyRequest, session: SessionView, deadline_s: float) -> pb.VerifyResponse:
-        """Check every checksum of a tier."""
+        """Check every checksum of a tier, of the cold one a page at a time."""
         self._check_operator("Verify", session)
         checks.check_tier(request.tier)
-        checked, corrupt = self._engine.verify(request.tier)
-        return pb.VerifyResponse(checked=checked, corrupt=corrupt)
+        checks.check_position(request.after)
+        return self._engine.verify(request)
+
+    def compact(self, request: pb.CompactRequest, session: SessionView, deadline_s: float) -> pb.CompactResponse:
+        """Make the cold tier's files as small as they can be."""
+        self._check_operator("Compact", session)
+        return self._engine.compact()
 
     def drain(self, request: pb.DrainRequest, session: SessionView, deadline_s: float) -> pb.DrainResponse:
         """Refuse puts and report NOT_SERVING from now on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
 import logging
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 _BACKLOG = 128
 _HALF_OPEN_MAX = 64  # connections beyond max_sessions that may be about to say hello, or to be refused
 _CREDENTIALS = struct.Struct("3i")
+_SO_PEERGROUPS = 59  # Linux 4.13; Python's socket module does not name it
+_GROUPS_MAX = 256  # as many as Python's getsockopt has room for
 _NAME_BYTES_MAX = 128
 _VERSION_BYTES_MAX = 128
 _RETRY_S = 0.1  # after accept failed for want of descriptors or memory
@@ -40,8 +43,14 @@ _TICK_S = 0.01
 
 
 def peer_of(sock: socket.socket) -> Peer:
-    """Process and user that connected `sock`, as the kernel noted them then."""
-    return Peer(*_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
+    """Process, user and groups that connected `sock`, as the kernel noted them then."""
+    pid, uid, gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    groups = array.array("I")
+    try:
+        groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_MAX * groups.itemsize))
+    except OSError as error:  # more than that, or an old kernel: uid and gid still say who it is
+        log.warning("groups of pid %d are not known: %s", pid, error)
+    return Peer(pid, uid, gid, tuple(groups))
 
 
 class AttachServer:
@@ -184,7 +193,7 @@ class AttachServer:
     def _greet(self, connection: Connection, request: Request) -> tuple[SessionView, bytes]:
         with defects_logged("HELLO"):
             peer = peer_of(connection.sock)
-            tenant = self._hooks.resolve_tenant(peer.uid, peer.gid)
+            tenant = self._hooks.resolve_tenant(peer.uid, (peer.gid, *peer.groups))
             hello = _parse_hello(request)
             session = self._open_session(connection, peer, hello.client_name, tenant)
         self._watcher.greeted(connection)

@@ -101,3 +101,11 @@ def check_block_query(key: bytes, namespace: bytes) -> None:
         raise InvalidRequest(f"key has {len(key)} bytes; it must have {MIN_KEY_PREFIX_BYTES} to {KEY_BYTES}")
     if namespace:
         check_namespace(namespace)
+
+
+def check_position(after: bytes) -> None:
+    """Where a page of blocks begins: behind this namespace and key, or at the start."""
+    if len(after) not in (0, NAMESPACE_BYTES + KEY_BYTES):
+        raise InvalidRequest(
+            f"after has {len(after)} bytes; it must be empty, or the {NAMESPACE_BYTES + KEY_BYTES} of a reply's last"
+        )

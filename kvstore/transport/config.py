@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,13 +117,13 @@ class TransportHooks:
     """What the transports ask of whoever put the daemon together.
 
     Attributes:
-        resolve_tenant: tenant of a peer by (uid, gid); raises PermissionDenied where it may not attach.
+        resolve_tenant: tenant of a peer by its uid and its groups; raises PermissionDenied where it may not attach.
         is_operator: whether a uid may call what changes the daemon (Admin).
         set_log_level: sets the level and returns its name; ValueError for an unknown one.
         on_drain: called after an operator's Drain.
     """
 
-    resolve_tenant: Callable[[int, int], str]
+    resolve_tenant: Callable[[int, Sequence[int]], str]
     is_operator: Callable[[int], bool] = _own_uid_or_root
     set_log_level: Callable[[str], str] = _no_log_level
     on_drain: Callable[[], None] = _nothing

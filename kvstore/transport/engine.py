@@ -24,11 +24,12 @@ PeerHandle: TypeAlias = Any
 
 
 class Peer(NamedTuple):
-    """Who sits at the other end of an attach socket, as the kernel says (SO_PEERCRED)."""
+    """Who sits at the other end of an attach socket, as the kernel says (SO_PEERCRED, SO_PEERGROUPS)."""
 
     pid: int
     uid: int
     gid: int
+    groups: tuple[int, ...] = ()  # further ones; not those of a user database, which a container has its own of
 
 
 class SessionView(Protocol):
@@ -149,7 +150,9 @@ class DataEngine(Protocol):
     def exists(self, session: SessionHandle, namespace: bytes, keys: bytes) -> bytes:
         """One byte a key, 0 or 1."""
 
-    def acquire(self, session: SessionHandle, groups: Sequence[tuple[bytes, bytes, int]]) -> kvstore_pb2.LeaseReply:
+    def acquire(
+        self, session: SessionHandle, groups: Sequence[tuple[bytes, bytes, int]], exact: bool = False
+    ) -> kvstore_pb2.LeaseReply:
         """Lease what is stored of the groups (namespace, keys, mode); never waits for loading."""
 
     def wait(self, session: SessionHandle, lease_id: int, stop: int, timeout_s: float) -> tuple[int, int]:
@@ -201,8 +204,11 @@ class AdminEngine(Protocol):
     def flush(self, timeout_s: float) -> tuple[int, int]:
         """Save warm blocks below; returns (saved, still unsaved)."""
 
-    def verify(self, tier: int) -> tuple[int, int]:
-        """Check every checksum of a tier; returns (checked, corrupt)."""
+    def verify(self, request: admin_pb2.VerifyRequest) -> admin_pb2.VerifyResponse:
+        """Check the checksums of a tier, of the cold one a page at a time."""
+
+    def compact(self) -> admin_pb2.CompactResponse:
+        """Give the file system back what the cold tier does not need."""
 
     def start_drain(self) -> None:
         """Refuse puts from now on."""

@@ -122,7 +122,7 @@ class Handlers:
 
     def acquire(self, request: pb.AcquireRequest, session: SessionView, deadline_s: float) -> pb.LeaseReply:
         """Lease what is stored."""
-        return self._engine.acquire(session, checks.check_groups(request))
+        return self._engine.acquire(session, checks.check_groups(request), request.exact)
 
     def poll_wait(self, request: pb.WaitRequest, session: SessionView) -> pb.WaitResponse:
         """How far a lease is readable now."""

@@ -17,6 +17,22 @@ DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 class TierStats(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class MediumEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     NAME_FIELD_NUMBER: builtins.int
     CAPACITY_BYTES_FIELD_NUMBER: builtins.int
     USED_BYTES_FIELD_NUMBER: builtins.int
@@ -32,6 +48,7 @@ class TierStats(google.protobuf.message.Message):
     POPULATED_BYTES_FIELD_NUMBER: builtins.int
     WRITES_FIELD_NUMBER: builtins.int
     WRITE_FAILURES_FIELD_NUMBER: builtins.int
+    MEDIUM_FIELD_NUMBER: builtins.int
     name: builtins.str
     """hot, warm, cold"""
     capacity_bytes: builtins.int
@@ -56,6 +73,10 @@ class TierStats(google.protobuf.message.Message):
     writes: builtins.int
     """blocks moved into the tier"""
     write_failures: builtins.int
+    @property
+    def medium(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """what the medium counts itself, some seconds old"""
+
     def __init__(
         self,
         *,
@@ -74,8 +95,9 @@ class TierStats(google.protobuf.message.Message):
         populated_bytes: builtins.int = ...,
         writes: builtins.int = ...,
         write_failures: builtins.int = ...,
+        medium: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "capacity_bytes", b"capacity_bytes", "corrupt", b"corrupt", "device", b"device", "evictions", b"evictions", "hits", b"hits", "name", b"name", "populated_bytes", b"populated_bytes", "raw_bytes", b"raw_bytes", "restarts", b"restarts", "state", b"state", "stored_bytes", b"stored_bytes", "used_bytes", b"used_bytes", "write_failures", b"write_failures", "writes", b"writes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "capacity_bytes", b"capacity_bytes", "corrupt", b"corrupt", "device", b"device", "evictions", b"evictions", "hits", b"hits", "medium", b"medium", "name", b"name", "populated_bytes", b"populated_bytes", "raw_bytes", b"raw_bytes", "restarts", b"restarts", "state", b"state", "stored_bytes", b"stored_bytes", "used_bytes", b"used_bytes", "write_failures", b"write_failures", "writes", b"writes"]) -> None: ...
 
 global___TierStats = TierStats
 
@@ -495,13 +517,25 @@ class VerifyRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     TIER_FIELD_NUMBER: builtins.int
+    REPAIR_FIELD_NUMBER: builtins.int
+    AFTER_FIELD_NUMBER: builtins.int
+    LIMIT_FIELD_NUMBER: builtins.int
     tier: kvstore.v1.types_pb2.Tier.ValueType
+    repair: builtins.bool
+    """drop what is damaged; save it again where warm has it"""
+    after: builtins.bytes
+    """cold: `last` of the page before; empty: from the start"""
+    limit: builtins.int
+    """cold: blocks a page; 0: the daemon's choice"""
     def __init__(
         self,
         *,
         tier: kvstore.v1.types_pb2.Tier.ValueType = ...,
+        repair: builtins.bool = ...,
+        after: builtins.bytes = ...,
+        limit: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["tier", b"tier"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after", b"after", "limit", b"limit", "repair", b"repair", "tier", b"tier"]) -> None: ...
 
 global___VerifyRequest = VerifyRequest
 
@@ -511,17 +545,57 @@ class VerifyResponse(google.protobuf.message.Message):
 
     CHECKED_FIELD_NUMBER: builtins.int
     CORRUPT_FIELD_NUMBER: builtins.int
+    MISSING_FIELD_NUMBER: builtins.int
+    REPAIRED_FIELD_NUMBER: builtins.int
+    LAST_FIELD_NUMBER: builtins.int
     checked: builtins.int
     corrupt: builtins.int
+    missing: builtins.int
+    """recorded, and not there"""
+    repaired: builtins.int
+    last: builtins.bytes
+    """cold: ask again with this as `after`; empty: that was all"""
     def __init__(
         self,
         *,
         checked: builtins.int = ...,
         corrupt: builtins.int = ...,
+        missing: builtins.int = ...,
+        repaired: builtins.int = ...,
+        last: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["checked", b"checked", "corrupt", b"corrupt"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checked", b"checked", "corrupt", b"corrupt", "last", b"last", "missing", b"missing", "repaired", b"repaired"]) -> None: ...
 
 global___VerifyResponse = VerifyResponse
+
+@typing.final
+class CompactRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___CompactRequest = CompactRequest
+
+@typing.final
+class CompactResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BEFORE_BYTES_FIELD_NUMBER: builtins.int
+    AFTER_BYTES_FIELD_NUMBER: builtins.int
+    before_bytes: builtins.int
+    """the files of the cold tier"""
+    after_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        before_bytes: builtins.int = ...,
+        after_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_bytes", b"after_bytes", "before_bytes", b"before_bytes"]) -> None: ...
+
+global___CompactResponse = CompactResponse
 
 @typing.final
 class DrainRequest(google.protobuf.message.Message):

@@ -69,6 +69,11 @@ class AdminStub(object):
                 request_serializer=kvstore_dot_v1_dot_admin__pb2.VerifyRequest.SerializeToString,
                 response_deserializer=kvstore_dot_v1_dot_admin__pb2.VerifyResponse.FromString,
                 _registered_method=True)
+        self.Compact = channel.unary_unary(
+                '/kvstore.v1.Admin/Compact',
+                request_serializer=kvstore_dot_v1_dot_admin__pb2.CompactRequest.SerializeToString,
+                response_deserializer=kvstore_dot_v1_dot_admin__pb2.CompactResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/kvstore.v1.Admin/Drain',
                 request_serializer=kvstore_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
@@ -126,6 +131,12 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Compact(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -175,6 +186,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Verify,
                     request_deserializer=kvstore_dot_v1_dot_admin__pb2.VerifyRequest.FromString,
                     response_serializer=kvstore_dot_v1_dot_admin__pb2.VerifyResponse.SerializeToString,
+            ),
+            'Compact': grpc.unary_unary_rpc_method_handler(
+                    servicer.Compact,
+                    request_deserializer=kvstore_dot_v1_dot_admin__pb2.CompactRequest.FromString,
+                    response_serializer=kvstore_dot_v1_dot_admin__pb2.CompactResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -376,6 +392,33 @@ class Admin(object):
             '/kvstore.v1.Admin/Verify',
             kvstore_dot_v1_dot_admin__pb2.VerifyRequest.SerializeToString,
             kvstore_dot_v1_dot_admin__pb2.VerifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Compact(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Admin/Compact',
+            kvstore_dot_v1_dot_admin__pb2.CompactRequest.SerializeToString,
+            kvstore_dot_v1_dot_admin__pb2.CompactResponse.FromString,
             options,
             channel_credentials,
             insecure,

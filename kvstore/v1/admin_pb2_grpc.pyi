@@ -54,6 +54,11 @@ class AdminStub:
         kvstore.v1.admin_pb2.VerifyResponse,
     ]
 
+    Compact: grpc.UnaryUnaryMultiCallable[
+        kvstore.v1.admin_pb2.CompactRequest,
+        kvstore.v1.admin_pb2.CompactResponse,
+    ]
+
     Drain: grpc.UnaryUnaryMultiCallable[
         kvstore.v1.admin_pb2.DrainRequest,
         kvstore.v1.admin_pb2.DrainResponse,
@@ -98,6 +103,11 @@ class AdminAsyncStub:
     Verify: grpc.aio.UnaryUnaryMultiCallable[
         kvstore.v1.admin_pb2.VerifyRequest,
         kvstore.v1.admin_pb2.VerifyResponse,
+    ]
+
+    Compact: grpc.aio.UnaryUnaryMultiCallable[
+        kvstore.v1.admin_pb2.CompactRequest,
+        kvstore.v1.admin_pb2.CompactResponse,
     ]
 
     Drain: grpc.aio.UnaryUnaryMultiCallable[
@@ -159,6 +169,13 @@ class AdminServicer(metaclass=abc.ABCMeta):
         request: kvstore.v1.admin_pb2.VerifyRequest,
         context: _ServicerContext,
     ) -> typing.Union[kvstore.v1.admin_pb2.VerifyResponse, collections.abc.Awaitable[kvstore.v1.admin_pb2.VerifyResponse]]: ...
+
+    @abc.abstractmethod
+    def Compact(
+        self,
+        request: kvstore.v1.admin_pb2.CompactRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvstore.v1.admin_pb2.CompactResponse, collections.abc.Awaitable[kvstore.v1.admin_pb2.CompactResponse]]: ...
 
     @abc.abstractmethod
     def Drain(

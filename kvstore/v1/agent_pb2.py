@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvstore/v1/agent.proto\x12\nkvstore.v1\"x\n\x0b\x41gentConfig\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x16\n\x0ereader_threads\x18\x05 \x01(\x04\x12\r\n\x05\x63odec\x18\x06 \x01(\t\"+\n\nAgentReady\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"6\n\x0c\x41gentMapSlab\x12\x0f\n\x07slab_id\x18\x01 \x01(\x04\x12\x15\n\rsegment_bytes\x18\x02 \x01(\x04\"!\n\x0e\x41gentUnmapSlab\x12\x0f\n\x07slab_id\x18\x01 \x01(\x04\"<\n\tSlabRange\x12\x0f\n\x07slab_id\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\"\x92\x01\n\tAgentItem\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12$\n\x05range\x18\x03 \x01(\x0b\x32\x15.kvstore.v1.SlabRange\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x0c\x12\x0e\n\x06parent\x18\x05 \x01(\x0c\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x0e\n\x06layout\x18\x07 \x01(\t\"2\n\nAgentItems\x12$\n\x05items\x18\x01 \x03(\x0b\x32\x15.kvstore.v1.AgentItem\"5\n\x0c\x41gentOutcome\x12\x0f\n\x07outcome\x18\x01 \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x02 \x01(\x04\";\n\rAgentOutcomes\x12*\n\x08outcomes\x18\x01 \x03(\x0b\x32\x18.kvstore.v1.AgentOutcome\"0\n\x10\x41gentScanRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x0c\x12\r\n\x05limit\x18\x02 \x01(\x04\"\x84\x01\n\x0b\x41gentRecord\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\x0e\n\x06parent\x18\x03 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x0c\x12\x0e\n\x06nbytes\x18\x05 \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x06 \x01(\x04\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\"=\n\x11\x41gentScanResponse\x12(\n\x07records\x18\x01 \x03(\x0b\x32\x17.kvstore.v1.AgentRecord\"\x13\n\x11\x41gentStatsRequest\"\x7f\n\x12\x41gentStatsResponse\x12:\n\x06values\x18\x01 \x03(\x0b\x32*.kvstore.v1.AgentStatsResponse.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x13\n\x11\x41gentFlushRequest\"\x14\n\x12\x41gentFlushResponse\"\x13\n\x11\x41gentCloseRequest\"\x14\n\x12\x41gentCloseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvstore/v1/agent.proto\x12\nkvstore.v1\"\xd3\x01\n\x0b\x41gentConfig\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x16\n\x0ereader_threads\x18\x05 \x01(\x04\x12\r\n\x05\x63odec\x18\x06 \x01(\t\x12\x12\n\ndurability\x18\x07 \x01(\t\x12\x18\n\x10sync_interval_ms\x18\x08 \x01(\x04\x12\x0f\n\x07kernels\x18\n \x01(\t\x12\x1a\n\x12\x66ree_reserve_bytes\x18\t \x01(\x04\";\n\nAgentReady\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x03 \x01(\t\"6\n\x0c\x41gentMapSlab\x12\x0f\n\x07slab_id\x18\x01 \x01(\x04\x12\x15\n\rsegment_bytes\x18\x02 \x01(\x04\"!\n\x0e\x41gentUnmapSlab\x12\x0f\n\x07slab_id\x18\x01 \x01(\x04\"<\n\tSlabRange\x12\x0f\n\x07slab_id\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\"\xaf\x01\n\tAgentItem\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12$\n\x05range\x18\x03 \x01(\x0b\x32\x15.kvstore.v1.SlabRange\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x0c\x12\x0e\n\x06parent\x18\x05 \x01(\x0c\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x0e\n\x06layout\x18\x07 \x01(\t\x12\r\n\x05lossy\x18\x08 \x01(\t\x12\x0c\n\x04hits\x18\t \x01(\x04\"2\n\nAgentItems\x12$\n\x05items\x18\x01 \x03(\x0b\x32\x15.kvstore.v1.AgentItem\"e\n\x0c\x41gentOutcome\x12\x0f\n\x07outcome\x18\x01 \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x02 \x01(\x04\x12\r\n\x05\x63odec\x18\x03 \x01(\x04\x12\r\n\x05lossy\x18\x04 \x01(\x08\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\x0c\"X\n\rAgentOutcomes\x12*\n\x08outcomes\x18\x01 \x03(\x0b\x32\x18.kvstore.v1.AgentOutcome\x12\r\n\x05\x66irst\x18\x02 \x01(\x04\x12\x0c\n\x04more\x18\x03 \x01(\x08\"0\n\x10\x41gentScanRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x0c\x12\r\n\x05limit\x18\x02 \x01(\x04\"\xc2\x01\n\x0b\x41gentRecord\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\x0e\n\x06parent\x18\x03 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x0c\x12\x0e\n\x06nbytes\x18\x05 \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x06 \x01(\x04\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\x12\r\n\x05\x63odec\x18\x08 \x01(\x04\x12\x0c\n\x04hits\x18\t \x01(\x04\x12\x10\n\x08stored_s\x18\n \x01(\x04\x12\r\n\x05lossy\x18\x0b \x01(\x08\"=\n\x11\x41gentScanResponse\x12(\n\x07records\x18\x01 \x03(\x0b\x32\x17.kvstore.v1.AgentRecord\"\x13\n\x11\x41gentStatsRequest\"\x7f\n\x12\x41gentStatsResponse\x12:\n\x06values\x18\x01 \x03(\x0b\x32*.kvstore.v1.AgentStatsResponse.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x13\n\x11\x41gentFlushRequest\"\x14\n\x12\x41gentFlushResponse\"A\n\x11\x41gentCheckRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x0c\x12\r\n\x05limit\x18\x02 \x01(\x04\x12\x0e\n\x06repair\x18\x03 \x01(\x08\"g\n\x12\x41gentCheckResponse\x12\x0c\n\x04last\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63hecked\x18\x02 \x01(\x04\x12\x0f\n\x07\x63orrupt\x18\x03 \x01(\x04\x12\x0f\n\x07missing\x18\x04 \x01(\x04\x12\x10\n\x08repaired\x18\x05 \x01(\x04\"\x15\n\x13\x41gentCompactRequest\"A\n\x14\x41gentCompactResponse\x12\x14\n\x0c\x62\x65\x66ore_bytes\x18\x01 \x01(\x04\x12\x13\n\x0b\x61\x66ter_bytes\x18\x02 \x01(\x04\"\x13\n\x11\x41gentCloseRequest\"\x14\n\x12\x41gentCloseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,42 +33,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_AGENTSTATSRESPONSE_VALUESENTRY']._loaded_options = None
   _globals['_AGENTSTATSRESPONSE_VALUESENTRY']._serialized_options = b'8\001'
-  _globals['_AGENTCONFIG']._serialized_start=38
-  _globals['_AGENTCONFIG']._serialized_end=158
-  _globals['_AGENTREADY']._serialized_start=160
-  _globals['_AGENTREADY']._serialized_end=203
-  _globals['_AGENTMAPSLAB']._serialized_start=205
-  _globals['_AGENTMAPSLAB']._serialized_end=259
-  _globals['_AGENTUNMAPSLAB']._serialized_start=261
-  _globals['_AGENTUNMAPSLAB']._serialized_end=294
-  _globals['_SLABRANGE']._serialized_start=296
-  _globals['_SLABRANGE']._serialized_end=356
-  _globals['_AGENTITEM']._serialized_start=359
-  _globals['_AGENTITEM']._serialized_end=505
-  _globals['_AGENTITEMS']._serialized_start=507
-  _globals['_AGENTITEMS']._serialized_end=557
-  _globals['_AGENTOUTCOME']._serialized_start=559
-  _globals['_AGENTOUTCOME']._serialized_end=612
-  _globals['_AGENTOUTCOMES']._serialized_start=614
-  _globals['_AGENTOUTCOMES']._serialized_end=673
-  _globals['_AGENTSCANREQUEST']._serialized_start=675
-  _globals['_AGENTSCANREQUEST']._serialized_end=723
-  _globals['_AGENTRECORD']._serialized_start=726
-  _globals['_AGENTRECORD']._serialized_end=858
-  _globals['_AGENTSCANRESPONSE']._serialized_start=860
-  _globals['_AGENTSCANRESPONSE']._serialized_end=921
-  _globals['_AGENTSTATSREQUEST']._serialized_start=923
-  _globals['_AGENTSTATSREQUEST']._serialized_end=942
-  _globals['_AGENTSTATSRESPONSE']._serialized_start=944
-  _globals['_AGENTSTATSRESPONSE']._serialized_end=1071
-  _globals['_AGENTSTATSRESPONSE_VALUESENTRY']._serialized_start=1026
-  _globals['_AGENTSTATSRESPONSE_VALUESENTRY']._serialized_end=1071
-  _globals['_AGENTFLUSHREQUEST']._serialized_start=1073
-  _globals['_AGENTFLUSHREQUEST']._serialized_end=1092
-  _globals['_AGENTFLUSHRESPONSE']._serialized_start=1094
-  _globals['_AGENTFLUSHRESPONSE']._serialized_end=1114
-  _globals['_AGENTCLOSEREQUEST']._serialized_start=1116
-  _globals['_AGENTCLOSEREQUEST']._serialized_end=1135
-  _globals['_AGENTCLOSERESPONSE']._serialized_start=1137
-  _globals['_AGENTCLOSERESPONSE']._serialized_end=1157
+  _globals['_AGENTCONFIG']._serialized_start=39
+  _globals['_AGENTCONFIG']._serialized_end=250
+  _globals['_AGENTREADY']._serialized_start=252
+  _globals['_AGENTREADY']._serialized_end=311
+  _globals['_AGENTMAPSLAB']._serialized_start=313
+  _globals['_AGENTMAPSLAB']._serialized_end=367
+  _globals['_AGENTUNMAPSLAB']._serialized_start=369
+  _globals['_AGENTUNMAPSLAB']._serialized_end=402
+  _globals['_SLABRANGE']._serialized_start=404
+  _globals['_SLABRANGE']._serialized_end=464
+  _globals['_AGENTITEM']._serialized_start=467
+  _globals['_AGENTITEM']._serialized_end=642
+  _globals['_AGENTITEMS']._serialized_start=644
+  _globals['_AGENTITEMS']._serialized_end=694
+  _globals['_AGENTOUTCOME']._serialized_start=696
+  _globals['_AGENTOUTCOME']._serialized_end=797
+  _globals['_AGENTOUTCOMES']._serialized_start=799
+  _globals['_AGENTOUTCOMES']._serialized_end=887
+  _globals['_AGENTSCANREQUEST']._serialized_start=889
+  _globals['_AGENTSCANREQUEST']._serialized_end=937
+  _globals['_AGENTRECORD']._serialized_start=940
+  _globals['_AGENTRECORD']._serialized_end=1134
+  _globals['_AGENTSCANRESPONSE']._serialized_start=1136
+  _globals['_AGENTSCANRESPONSE']._serialized_end=1197
+  _globals['_AGENTSTATSREQUEST']._serialized_start=1199
+  _globals['_AGENTSTATSREQUEST']._serialized_end=1218
+  _globals['_AGENTSTATSRESPONSE']._serialized_start=1220
+  _globals['_AGENTSTATSRESPONSE']._serialized_end=1347
+  _globals['_AGENTSTATSRESPONSE_VALUESENTRY']._serialized_start=1302
+  _globals['_AGENTSTATSRESPONSE_VALUESENTRY']._serialized_end=1347
+  _globals['_AGENTFLUSHREQUEST']._serialized_start=1349
+  _globals['_AGENTFLUSHREQUEST']._serialized_end=1368
+  _globals['_AGENTFLUSHRESPONSE']._serialized_start=1370
+  _globals['_AGENTFLUSHRESPONSE']._serialized_end=1390
+  _globals['_AGENTCHECKREQUEST']._serialized_start=1392
+  _globals['_AGENTCHECKREQUEST']._serialized_end=1457
+  _globals['_AGENTCHECKRESPONSE']._serialized_start=1459
+  _globals['_AGENTCHECKRESPONSE']._serialized_end=1562
+  _globals['_AGENTCOMPACTREQUEST']._serialized_start=1564
+  _globals['_AGENTCOMPACTREQUEST']._serialized_end=1585
+  _globals['_AGENTCOMPACTRESPONSE']._serialized_start=1587
+  _globals['_AGENTCOMPACTRESPONSE']._serialized_end=1652
+  _globals['_AGENTCLOSEREQUEST']._serialized_start=1654
+  _globals['_AGENTCLOSEREQUEST']._serialized_end=1673
+  _globals['_AGENTCLOSERESPONSE']._serialized_start=1675
+  _globals['_AGENTCLOSERESPONSE']._serialized_end=1695
 # @@protoc_insertion_point(module_scope)

@@ -22,6 +22,10 @@ class AgentConfig(google.protobuf.message.Message):
     DEVICE_FIELD_NUMBER: builtins.int
     READER_THREADS_FIELD_NUMBER: builtins.int
     CODEC_FIELD_NUMBER: builtins.int
+    DURABILITY_FIELD_NUMBER: builtins.int
+    SYNC_INTERVAL_MS_FIELD_NUMBER: builtins.int
+    KERNELS_FIELD_NUMBER: builtins.int
+    FREE_RESERVE_BYTES_FIELD_NUMBER: builtins.int
     tier: builtins.str
     """cold, hot"""
     path: builtins.str
@@ -31,7 +35,15 @@ class AgentConfig(google.protobuf.message.Message):
     """hot: cpu"""
     reader_threads: builtins.int
     codec: builtins.str
-    """auto, raw, planes"""
+    """a policy of the codecs: auto, raw, ..."""
+    durability: builtins.str
+    """cold: none, interval, commit; empty: the tier's own"""
+    sync_interval_ms: builtins.int
+    """cold, with interval; 0: the tier's own"""
+    kernels: builtins.str
+    """of the codecs: auto, numpy, numba"""
+    free_reserve_bytes: builtins.int
+    """cold: what stays free on the file system; 0: the tier's own"""
     def __init__(
         self,
         *,
@@ -41,8 +53,12 @@ class AgentConfig(google.protobuf.message.Message):
         device: builtins.str = ...,
         reader_threads: builtins.int = ...,
         codec: builtins.str = ...,
+        durability: builtins.str = ...,
+        sync_interval_ms: builtins.int = ...,
+        kernels: builtins.str = ...,
+        free_reserve_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["capacity_bytes", b"capacity_bytes", "codec", b"codec", "device", b"device", "path", b"path", "reader_threads", b"reader_threads", "tier", b"tier"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity_bytes", b"capacity_bytes", "codec", b"codec", "device", b"device", "durability", b"durability", "free_reserve_bytes", b"free_reserve_bytes", "kernels", b"kernels", "path", b"path", "reader_threads", b"reader_threads", "sync_interval_ms", b"sync_interval_ms", "tier", b"tier"]) -> None: ...
 
 global___AgentConfig = AgentConfig
 
@@ -54,16 +70,20 @@ class AgentReady(google.protobuf.message.Message):
 
     ERROR_FIELD_NUMBER: builtins.int
     DEVICE_FIELD_NUMBER: builtins.int
+    FORMAT_FIELD_NUMBER: builtins.int
     error: builtins.str
     """empty: ready"""
     device: builtins.str
+    format: builtins.str
+    """cold: the codecs in use and by which path, for people"""
     def __init__(
         self,
         *,
         error: builtins.str = ...,
         device: builtins.str = ...,
+        format: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "error", b"error"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "error", b"error", "format", b"format"]) -> None: ...
 
 global___AgentReady = AgentReady
 
@@ -136,6 +156,8 @@ class AgentItem(google.protobuf.message.Message):
     PARENT_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     LAYOUT_FIELD_NUMBER: builtins.int
+    LOSSY_FIELD_NUMBER: builtins.int
+    HITS_FIELD_NUMBER: builtins.int
     namespace: builtins.bytes
     key: builtins.bytes
     checksum: builtins.bytes
@@ -145,6 +167,10 @@ class AgentItem(google.protobuf.message.Message):
     epoch: builtins.int
     layout: builtins.str
     """write only: what the bytes are, as KVLayout.text says it"""
+    lossy: builtins.str
+    """write only: the lossy codec that the namespace opted in to; empty: never lossy"""
+    hits: builtins.int
+    """write only: uses so far"""
     @property
     def range(self) -> global___SlabRange:
         """write: source; read: destination"""
@@ -159,9 +185,11 @@ class AgentItem(google.protobuf.message.Message):
         parent: builtins.bytes = ...,
         epoch: builtins.int = ...,
         layout: builtins.str = ...,
+        lossy: builtins.str = ...,
+        hits: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["range", b"range"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checksum", b"checksum", "epoch", b"epoch", "key", b"key", "layout", b"layout", "namespace", b"namespace", "parent", b"parent", "range", b"range"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checksum", b"checksum", "epoch", b"epoch", "hits", b"hits", "key", b"key", "layout", b"layout", "lossy", b"lossy", "namespace", b"namespace", "parent", b"parent", "range", b"range"]) -> None: ...
 
 global___AgentItem = AgentItem
 
@@ -187,32 +215,54 @@ class AgentOutcome(google.protobuf.message.Message):
 
     OUTCOME_FIELD_NUMBER: builtins.int
     STORED_BYTES_FIELD_NUMBER: builtins.int
+    CODEC_FIELD_NUMBER: builtins.int
+    LOSSY_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
     outcome: builtins.int
     """tiers.base.Outcome"""
     stored_bytes: builtins.int
+    """write only, as all below"""
+    codec: builtins.int
+    lossy: builtins.bool
+    checksum: builtins.bytes
+    """of what a read will give"""
     def __init__(
         self,
         *,
         outcome: builtins.int = ...,
         stored_bytes: builtins.int = ...,
+        codec: builtins.int = ...,
+        lossy: builtins.bool = ...,
+        checksum: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["outcome", b"outcome", "stored_bytes", b"stored_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checksum", b"checksum", "codec", b"codec", "lossy", b"lossy", "outcome", b"outcome", "stored_bytes", b"stored_bytes"]) -> None: ...
 
 global___AgentOutcome = AgentOutcome
 
 @typing.final
 class AgentOutcomes(google.protobuf.message.Message):
+    """Answers to items [first, first + n) of a call, in order. A READ is answered by several of these, in any order, so
+    that each block can be used as soon as it is there.
+    """
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     OUTCOMES_FIELD_NUMBER: builtins.int
+    FIRST_FIELD_NUMBER: builtins.int
+    MORE_FIELD_NUMBER: builtins.int
+    first: builtins.int
+    more: builtins.bool
+    """another frame of this call follows"""
     @property
     def outcomes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___AgentOutcome]: ...
     def __init__(
         self,
         *,
         outcomes: collections.abc.Iterable[global___AgentOutcome] | None = ...,
+        first: builtins.int = ...,
+        more: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["outcomes", b"outcomes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["first", b"first", "more", b"more", "outcomes", b"outcomes"]) -> None: ...
 
 global___AgentOutcomes = AgentOutcomes
 
@@ -246,6 +296,10 @@ class AgentRecord(google.protobuf.message.Message):
     NBYTES_FIELD_NUMBER: builtins.int
     STORED_BYTES_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    CODEC_FIELD_NUMBER: builtins.int
+    HITS_FIELD_NUMBER: builtins.int
+    STORED_S_FIELD_NUMBER: builtins.int
+    LOSSY_FIELD_NUMBER: builtins.int
     namespace: builtins.bytes
     key: builtins.bytes
     parent: builtins.bytes
@@ -253,6 +307,11 @@ class AgentRecord(google.protobuf.message.Message):
     nbytes: builtins.int
     stored_bytes: builtins.int
     epoch: builtins.int
+    codec: builtins.int
+    hits: builtins.int
+    stored_s: builtins.int
+    """Unix time"""
+    lossy: builtins.bool
     def __init__(
         self,
         *,
@@ -263,8 +322,12 @@ class AgentRecord(google.protobuf.message.Message):
         nbytes: builtins.int = ...,
         stored_bytes: builtins.int = ...,
         epoch: builtins.int = ...,
+        codec: builtins.int = ...,
+        hits: builtins.int = ...,
+        stored_s: builtins.int = ...,
+        lossy: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["checksum", b"checksum", "epoch", b"epoch", "key", b"key", "namespace", b"namespace", "nbytes", b"nbytes", "parent", b"parent", "stored_bytes", b"stored_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checksum", b"checksum", "codec", b"codec", "epoch", b"epoch", "hits", b"hits", "key", b"key", "lossy", b"lossy", "namespace", b"namespace", "nbytes", b"nbytes", "parent", b"parent", "stored_bytes", b"stored_bytes", "stored_s", b"stored_s"]) -> None: ...
 
 global___AgentRecord = AgentRecord
 
@@ -345,6 +408,88 @@ class AgentFlushResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 global___AgentFlushResponse = AgentFlushResponse
+
+@typing.final
+class AgentCheckRequest(google.protobuf.message.Message):
+    """Reads and verifies up to `limit` stored blocks behind `after`, without a slot to put them in."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AFTER_FIELD_NUMBER: builtins.int
+    LIMIT_FIELD_NUMBER: builtins.int
+    REPAIR_FIELD_NUMBER: builtins.int
+    after: builtins.bytes
+    """namespace + key of the last block seen; empty: from the start"""
+    limit: builtins.int
+    repair: builtins.bool
+    """drop what is bad"""
+    def __init__(
+        self,
+        *,
+        after: builtins.bytes = ...,
+        limit: builtins.int = ...,
+        repair: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after", b"after", "limit", b"limit", "repair", b"repair"]) -> None: ...
+
+global___AgentCheckRequest = AgentCheckRequest
+
+@typing.final
+class AgentCheckResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LAST_FIELD_NUMBER: builtins.int
+    CHECKED_FIELD_NUMBER: builtins.int
+    CORRUPT_FIELD_NUMBER: builtins.int
+    MISSING_FIELD_NUMBER: builtins.int
+    REPAIRED_FIELD_NUMBER: builtins.int
+    last: builtins.bytes
+    """empty: nothing is left behind it"""
+    checked: builtins.int
+    corrupt: builtins.int
+    missing: builtins.int
+    """records without a payload"""
+    repaired: builtins.int
+    def __init__(
+        self,
+        *,
+        last: builtins.bytes = ...,
+        checked: builtins.int = ...,
+        corrupt: builtins.int = ...,
+        missing: builtins.int = ...,
+        repaired: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checked", b"checked", "corrupt", b"corrupt", "last", b"last", "missing", b"missing", "repaired", b"repaired"]) -> None: ...
+
+global___AgentCheckResponse = AgentCheckResponse
+
+@typing.final
+class AgentCompactRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___AgentCompactRequest = AgentCompactRequest
+
+@typing.final
+class AgentCompactResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BEFORE_BYTES_FIELD_NUMBER: builtins.int
+    AFTER_BYTES_FIELD_NUMBER: builtins.int
+    before_bytes: builtins.int
+    after_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        before_bytes: builtins.int = ...,
+        after_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_bytes", b"after_bytes", "before_bytes", b"before_bytes"]) -> None: ...
+
+global___AgentCompactResponse = AgentCompactResponse
 
 @typing.final
 class AgentCloseRequest(google.protobuf.message.Message):

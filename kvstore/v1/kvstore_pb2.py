@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from kvstore.v1 import types_pb2 as kvstore_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvstore/v1/kvstore.proto\x12\nkvstore.v1\x1a\x16kvstore/v1/types.proto\"U\n\x0cHelloRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\x04\x12\x16\n\x0e\x63lient_version\x18\x02 \x01(\t\x12\x13\n\x0b\x63lient_name\x18\x03 \x01(\t\"z\n\rHelloResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\x04\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12\x13\n\x0bgrpc_target\x18\x05 \x01(\t\"+\n\x12OpenSessionRequest\x12\x15\n\rstaging_bytes\x18\x01 \x01(\x04\"~\n\x13OpenSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x15\n\rstaging_bytes\x18\x02 \x01(\x04\x12\x14\n\x0clease_ttl_ms\x18\x03 \x01(\x04\x12\x16\n\x0erenew_every_ms\x18\x04 \x01(\x04\x12\x0e\n\x06tenant\x18\x05 \x01(\t\"?\n\x14OpenNamespaceRequest\x12\'\n\x04spec\x18\x01 \x01(\x0b\x32\x19.kvstore.v1.NamespaceSpec\"O\n\x15OpenNamespaceResponse\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x14\n\x0c\x62lock_nbytes\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"#\n\x0fMapSlabsRequest\x12\x10\n\x08slab_ids\x18\x01 \x03(\x04\"j\n\x08SlabInfo\x12\x0f\n\x07slab_id\x18\x01 \x01(\x04\x12\x15\n\rsegment_bytes\x18\x02 \x01(\x04\x12\x12\n\nslot_bytes\x18\x03 \x01(\x04\x12\r\n\x05slots\x18\x04 \x01(\x04\x12\x13\n\x0b\x64\x61ta_offset\x18\x05 \x01(\x04\"7\n\x10MapSlabsResponse\x12#\n\x05slabs\x18\x01 \x03(\x0b\x32\x14.kvstore.v1.SlabInfo\"/\n\x0cMatchRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"m\n\rMatchResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12\x12\n\nhot_blocks\x18\x03 \x01(\x04\x12\x13\n\x0bwarm_blocks\x18\x04 \x01(\x04\x12\x13\n\x0b\x63old_blocks\x18\x05 \x01(\x04\"0\n\rExistsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"\x1e\n\x0e\x45xistsResponse\x12\x0c\n\x04\x62its\x18\x01 \x01(\x0c\"V\n\x0c\x41\x63quireGroup\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\x12%\n\x04mode\x18\x03 \x01(\x0e\x32\x17.kvstore.v1.AcquireMode\":\n\x0e\x41\x63quireRequest\x12(\n\x06groups\x18\x01 \x03(\x0b\x32\x18.kvstore.v1.AcquireGroup\"\x93\x01\n\nLeaseGroup\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\x04\x12\x10\n\x08slab_ids\x18\x02 \x01(\x0c\x12\r\n\x05slots\x18\x03 \x01(\x0c\x12\x13\n\x0bgenerations\x18\x04 \x01(\x0c\x12\x14\n\x0c\x62lock_nbytes\x18\x05 \x01(\x04\x12\x11\n\tnamespace\x18\x06 \x01(\x0c\x12\x11\n\tchecksums\x18\x07 \x01(\x0c\"e\n\nLeaseReply\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12&\n\x06groups\x18\x02 \x03(\x0b\x32\x16.kvstore.v1.LeaseGroup\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\r\n\x05ready\x18\x04 \x01(\x04\"-\n\x0bWaitRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x0c\n\x04stop\x18\x02 \x01(\x04\"+\n\x0cWaitResponse\x12\r\n\x05ready\x18\x01 \x01(\x04\x12\x0c\n\x04lost\x18\x02 \x01(\x04\"\x0e\n\x0cRenewRequest\"9\n\rRenewResponse\x12\x0e\n\x06leases\x18\x01 \x01(\x04\x12\x18\n\x10retired_slab_ids\x18\x02 \x03(\x04\"0\n\x0eReleaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x0c\n\x04upto\x18\x02 \x01(\x04\"\x11\n\x0fReleaseResponse\"\"\n\x0eHandoffRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\" \n\x0fHandoffResponse\x12\r\n\x05token\x18\x01 \x01(\x0c\"\x1d\n\x0c\x41\x64optRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\"\x96\x01\n\nPutRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0e\n\x06parent\x18\x02 \x01(\x0c\x12\x0c\n\x04keys\x18\x03 \x01(\x0c\x12\x16\n\x0estaging_offset\x18\x04 \x01(\x04\x12\x16\n\x0estaging_stride\x18\x05 \x01(\x04\x12\x11\n\tchecksums\x18\x06 \x01(\x0c\x12\x14\n\x0c\x62lock_nbytes\x18\x07 \x01(\x04\"0\n\x0bPutResponse\x12\x10\n\x08statuses\x18\x01 \x01(\x0c\x12\x0f\n\x07reasons\x18\x02 \x01(\x0c\"2\n\x0fPrefetchRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"#\n\x10PrefetchResponse\x12\x0f\n\x07loading\x18\x01 \x01(\x04\"0\n\rDeleteRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"!\n\x0e\x44\x65leteResponse\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\x04\"!\n\x0c\x43learRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\"\x1e\n\rClearResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04*[\n\x0b\x41\x63quireMode\x12\x1c\n\x18\x41\x43QUIRE_MODE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x43QUIRE_MODE_PREFIX\x10\x01\x12\x15\n\x11\x41\x43QUIRE_MODE_LAST\x10\x02\x32\xee\x07\n\x07KVStore\x12N\n\x0bOpenSession\x12\x1e.kvstore.v1.OpenSessionRequest\x1a\x1f.kvstore.v1.OpenSessionResponse\x12T\n\rOpenNamespace\x12 .kvstore.v1.OpenNamespaceRequest\x1a!.kvstore.v1.OpenNamespaceResponse\x12\x45\n\x08MapSlabs\x12\x1b.kvstore.v1.MapSlabsRequest\x1a\x1c.kvstore.v1.MapSlabsResponse\x12<\n\x05Match\x12\x18.kvstore.v1.MatchRequest\x1a\x19.kvstore.v1.MatchResponse\x12?\n\x06\x45xists\x12\x19.kvstore.v1.ExistsRequest\x1a\x1a.kvstore.v1.ExistsResponse\x12=\n\x07\x41\x63quire\x12\x1a.kvstore.v1.AcquireRequest\x1a\x16.kvstore.v1.LeaseReply\x12\x39\n\x04Wait\x12\x17.kvstore.v1.WaitRequest\x1a\x18.kvstore.v1.WaitResponse\x12<\n\x05Renew\x12\x18.kvstore.v1.RenewRequest\x1a\x19.kvstore.v1.RenewResponse\x12\x42\n\x07Release\x12\x1a.kvstore.v1.ReleaseRequest\x1a\x1b.kvstore.v1.ReleaseResponse\x12\x42\n\x07Handoff\x12\x1a.kvstore.v1.HandoffRequest\x1a\x1b.kvstore.v1.HandoffResponse\x12\x39\n\x05\x41\x64opt\x12\x18.kvstore.v1.AdoptRequest\x1a\x16.kvstore.v1.LeaseReply\x12\x36\n\x03Put\x12\x16.kvstore.v1.PutRequest\x1a\x17.kvstore.v1.PutResponse\x12\x45\n\x08Prefetch\x12\x1b.kvstore.v1.PrefetchRequest\x1a\x1c.kvstore.v1.PrefetchResponse\x12?\n\x06\x44\x65lete\x12\x19.kvstore.v1.DeleteRequest\x1a\x1a.kvstore.v1.DeleteResponse\x12<\n\x05\x43lear\x12\x18.kvstore.v1.ClearRequest\x1a\x19.kvstore.v1.ClearResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18kvstore/v1/kvstore.proto\x12\nkvstore.v1\x1a\x16kvstore/v1/types.proto\"U\n\x0cHelloRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\x04\x12\x16\n\x0e\x63lient_version\x18\x02 \x01(\t\x12\x13\n\x0b\x63lient_name\x18\x03 \x01(\t\"z\n\rHelloResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\x04\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12\x13\n\x0bgrpc_target\x18\x05 \x01(\t\"+\n\x12OpenSessionRequest\x12\x15\n\rstaging_bytes\x18\x01 \x01(\x04\"~\n\x13OpenSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x15\n\rstaging_bytes\x18\x02 \x01(\x04\x12\x14\n\x0clease_ttl_ms\x18\x03 \x01(\x04\x12\x16\n\x0erenew_every_ms\x18\x04 \x01(\x04\x12\x0e\n\x06tenant\x18\x05 \x01(\t\"?\n\x14OpenNamespaceRequest\x12\'\n\x04spec\x18\x01 \x01(\x0b\x32\x19.kvstore.v1.NamespaceSpec\"O\n\x15OpenNamespaceResponse\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x14\n\x0c\x62lock_nbytes\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"#\n\x0fMapSlabsRequest\x12\x10\n\x08slab_ids\x18\x01 \x03(\x04\"j\n\x08SlabInfo\x12\x0f\n\x07slab_id\x18\x01 \x01(\x04\x12\x15\n\rsegment_bytes\x18\x02 \x01(\x04\x12\x12\n\nslot_bytes\x18\x03 \x01(\x04\x12\r\n\x05slots\x18\x04 \x01(\x04\x12\x13\n\x0b\x64\x61ta_offset\x18\x05 \x01(\x04\"7\n\x10MapSlabsResponse\x12#\n\x05slabs\x18\x01 \x03(\x0b\x32\x14.kvstore.v1.SlabInfo\"/\n\x0cMatchRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"m\n\rMatchResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12\x12\n\nhot_blocks\x18\x03 \x01(\x04\x12\x13\n\x0bwarm_blocks\x18\x04 \x01(\x04\x12\x13\n\x0b\x63old_blocks\x18\x05 \x01(\x04\"0\n\rExistsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"\x1e\n\x0e\x45xistsResponse\x12\x0c\n\x04\x62its\x18\x01 \x01(\x0c\"V\n\x0c\x41\x63quireGroup\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\x12%\n\x04mode\x18\x03 \x01(\x0e\x32\x17.kvstore.v1.AcquireMode\"I\n\x0e\x41\x63quireRequest\x12(\n\x06groups\x18\x01 \x03(\x0b\x32\x18.kvstore.v1.AcquireGroup\x12\r\n\x05\x65xact\x18\x02 \x01(\x08\"\xa2\x01\n\nLeaseGroup\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\x04\x12\x10\n\x08slab_ids\x18\x02 \x01(\x0c\x12\r\n\x05slots\x18\x03 \x01(\x0c\x12\x13\n\x0bgenerations\x18\x04 \x01(\x0c\x12\x14\n\x0c\x62lock_nbytes\x18\x05 \x01(\x04\x12\x11\n\tnamespace\x18\x06 \x01(\x0c\x12\x11\n\tchecksums\x18\x07 \x01(\x0c\x12\r\n\x05lossy\x18\x08 \x01(\x0c\"e\n\nLeaseReply\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12&\n\x06groups\x18\x02 \x03(\x0b\x32\x16.kvstore.v1.LeaseGroup\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\r\n\x05ready\x18\x04 \x01(\x04\"-\n\x0bWaitRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x0c\n\x04stop\x18\x02 \x01(\x04\"+\n\x0cWaitResponse\x12\r\n\x05ready\x18\x01 \x01(\x04\x12\x0c\n\x04lost\x18\x02 \x01(\x04\"\x0e\n\x0cRenewRequest\"9\n\rRenewResponse\x12\x0e\n\x06leases\x18\x01 \x01(\x04\x12\x18\n\x10retired_slab_ids\x18\x02 \x03(\x04\"0\n\x0eReleaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x0c\n\x04upto\x18\x02 \x01(\x04\"\x11\n\x0fReleaseResponse\"\"\n\x0eHandoffRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\" \n\x0fHandoffResponse\x12\r\n\x05token\x18\x01 \x01(\x0c\"\x1d\n\x0c\x41\x64optRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\"\x96\x01\n\nPutRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0e\n\x06parent\x18\x02 \x01(\x0c\x12\x0c\n\x04keys\x18\x03 \x01(\x0c\x12\x16\n\x0estaging_offset\x18\x04 \x01(\x04\x12\x16\n\x0estaging_stride\x18\x05 \x01(\x04\x12\x11\n\tchecksums\x18\x06 \x01(\x0c\x12\x14\n\x0c\x62lock_nbytes\x18\x07 \x01(\x04\"0\n\x0bPutResponse\x12\x10\n\x08statuses\x18\x01 \x01(\x0c\x12\x0f\n\x07reasons\x18\x02 \x01(\x0c\"2\n\x0fPrefetchRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"#\n\x10PrefetchResponse\x12\x0f\n\x07loading\x18\x01 \x01(\x04\"0\n\rDeleteRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"!\n\x0e\x44\x65leteResponse\x12\x0f\n\x07\x64\x65leted\x18\x01 \x01(\x04\"!\n\x0c\x43learRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\"\x1e\n\rClearResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04*[\n\x0b\x41\x63quireMode\x12\x1c\n\x18\x41\x43QUIRE_MODE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x43QUIRE_MODE_PREFIX\x10\x01\x12\x15\n\x11\x41\x43QUIRE_MODE_LAST\x10\x02\x32\xee\x07\n\x07KVStore\x12N\n\x0bOpenSession\x12\x1e.kvstore.v1.OpenSessionRequest\x1a\x1f.kvstore.v1.OpenSessionResponse\x12T\n\rOpenNamespace\x12 .kvstore.v1.OpenNamespaceRequest\x1a!.kvstore.v1.OpenNamespaceResponse\x12\x45\n\x08MapSlabs\x12\x1b.kvstore.v1.MapSlabsRequest\x1a\x1c.kvstore.v1.MapSlabsResponse\x12<\n\x05Match\x12\x18.kvstore.v1.MatchRequest\x1a\x19.kvstore.v1.MatchResponse\x12?\n\x06\x45xists\x12\x19.kvstore.v1.ExistsRequest\x1a\x1a.kvstore.v1.ExistsResponse\x12=\n\x07\x41\x63quire\x12\x1a.kvstore.v1.AcquireRequest\x1a\x16.kvstore.v1.LeaseReply\x12\x39\n\x04Wait\x12\x17.kvstore.v1.WaitRequest\x1a\x18.kvstore.v1.WaitResponse\x12<\n\x05Renew\x12\x18.kvstore.v1.RenewRequest\x1a\x19.kvstore.v1.RenewResponse\x12\x42\n\x07Release\x12\x1a.kvstore.v1.ReleaseRequest\x1a\x1b.kvstore.v1.ReleaseResponse\x12\x42\n\x07Handoff\x12\x1a.kvstore.v1.HandoffRequest\x1a\x1b.kvstore.v1.HandoffResponse\x12\x39\n\x05\x41\x64opt\x12\x18.kvstore.v1.AdoptRequest\x1a\x16.kvstore.v1.LeaseReply\x12\x36\n\x03Put\x12\x16.kvstore.v1.PutRequest\x1a\x17.kvstore.v1.PutResponse\x12\x45\n\x08Prefetch\x12\x1b.kvstore.v1.PrefetchRequest\x1a\x1c.kvstore.v1.PrefetchResponse\x12?\n\x06\x44\x65lete\x12\x19.kvstore.v1.DeleteRequest\x1a\x1a.kvstore.v1.DeleteResponse\x12<\n\x05\x43lear\x12\x18.kvstore.v1.ClearRequest\x1a\x19.kvstore.v1.ClearResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvstore.v1.kvstore_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ACQUIREMODE']._serialized_start=2220
-  _globals['_ACQUIREMODE']._serialized_end=2311
+  _globals['_ACQUIREMODE']._serialized_start=2250
+  _globals['_ACQUIREMODE']._serialized_end=2341
   _globals['_HELLOREQUEST']._serialized_start=64
   _globals['_HELLOREQUEST']._serialized_end=149
   _globals['_HELLORESPONSE']._serialized_start=151
@@ -63,45 +63,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACQUIREGROUP']._serialized_start=1038
   _globals['_ACQUIREGROUP']._serialized_end=1124
   _globals['_ACQUIREREQUEST']._serialized_start=1126
-  _globals['_ACQUIREREQUEST']._serialized_end=1184
-  _globals['_LEASEGROUP']._serialized_start=1187
-  _globals['_LEASEGROUP']._serialized_end=1334
-  _globals['_LEASEREPLY']._serialized_start=1336
-  _globals['_LEASEREPLY']._serialized_end=1437
-  _globals['_WAITREQUEST']._serialized_start=1439
-  _globals['_WAITREQUEST']._serialized_end=1484
-  _globals['_WAITRESPONSE']._serialized_start=1486
-  _globals['_WAITRESPONSE']._serialized_end=1529
-  _globals['_RENEWREQUEST']._serialized_start=1531
-  _globals['_RENEWREQUEST']._serialized_end=1545
-  _globals['_RENEWRESPONSE']._serialized_start=1547
-  _globals['_RENEWRESPONSE']._serialized_end=1604
-  _globals['_RELEASEREQUEST']._serialized_start=1606
-  _globals['_RELEASEREQUEST']._serialized_end=1654
-  _globals['_RELEASERESPONSE']._serialized_start=1656
-  _globals['_RELEASERESPONSE']._serialized_end=1673
-  _globals['_HANDOFFREQUEST']._serialized_start=1675
-  _globals['_HANDOFFREQUEST']._serialized_end=1709
-  _globals['_HANDOFFRESPONSE']._serialized_start=1711
-  _globals['_HANDOFFRESPONSE']._serialized_end=1743
-  _globals['_ADOPTREQUEST']._serialized_start=1745
-  _globals['_ADOPTREQUEST']._serialized_end=1774
-  _globals['_PUTREQUEST']._serialized_start=1777
-  _globals['_PUTREQUEST']._serialized_end=1927
-  _globals['_PUTRESPONSE']._serialized_start=1929
-  _globals['_PUTRESPONSE']._serialized_end=1977
-  _globals['_PREFETCHREQUEST']._serialized_start=1979
-  _globals['_PREFETCHREQUEST']._serialized_end=2029
-  _globals['_PREFETCHRESPONSE']._serialized_start=2031
-  _globals['_PREFETCHRESPONSE']._serialized_end=2066
-  _globals['_DELETEREQUEST']._serialized_start=2068
-  _globals['_DELETEREQUEST']._serialized_end=2116
-  _globals['_DELETERESPONSE']._serialized_start=2118
-  _globals['_DELETERESPONSE']._serialized_end=2151
-  _globals['_CLEARREQUEST']._serialized_start=2153
-  _globals['_CLEARREQUEST']._serialized_end=2186
-  _globals['_CLEARRESPONSE']._serialized_start=2188
-  _globals['_CLEARRESPONSE']._serialized_end=2218
-  _globals['_KVSTORE']._serialized_start=2314
-  _globals['_KVSTORE']._serialized_end=3320
+  _globals['_ACQUIREREQUEST']._serialized_end=1199
+  _globals['_LEASEGROUP']._serialized_start=1202
+  _globals['_LEASEGROUP']._serialized_end=1364
+  _globals['_LEASEREPLY']._serialized_start=1366
+  _globals['_LEASEREPLY']._serialized_end=1467
+  _globals['_WAITREQUEST']._serialized_start=1469
+  _globals['_WAITREQUEST']._serialized_end=1514
+  _globals['_WAITRESPONSE']._serialized_start=1516
+  _globals['_WAITRESPONSE']._serialized_end=1559
+  _globals['_RENEWREQUEST']._serialized_start=1561
+  _globals['_RENEWREQUEST']._serialized_end=1575
+  _globals['_RENEWRESPONSE']._serialized_start=1577
+  _globals['_RENEWRESPONSE']._serialized_end=1634
+  _globals['_RELEASEREQUEST']._serialized_start=1636
+  _globals['_RELEASEREQUEST']._serialized_end=1684
+  _globals['_RELEASERESPONSE']._serialized_start=1686
+  _globals['_RELEASERESPONSE']._serialized_end=1703
+  _globals['_HANDOFFREQUEST']._serialized_start=1705
+  _globals['_HANDOFFREQUEST']._serialized_end=1739
+  _globals['_HANDOFFRESPONSE']._serialized_start=1741
+  _globals['_HANDOFFRESPONSE']._serialized_end=1773
+  _globals['_ADOPTREQUEST']._serialized_start=1775
+  _globals['_ADOPTREQUEST']._serialized_end=1804
+  _globals['_PUTREQUEST']._serialized_start=1807
+  _globals['_PUTREQUEST']._serialized_end=1957
+  _globals['_PUTRESPONSE']._serialized_start=1959
+  _globals['_PUTRESPONSE']._serialized_end=2007
+  _globals['_PREFETCHREQUEST']._serialized_start=2009
+  _globals['_PREFETCHREQUEST']._serialized_end=2059
+  _globals['_PREFETCHRESPONSE']._serialized_start=2061
+  _globals['_PREFETCHRESPONSE']._serialized_end=2096
+  _globals['_DELETEREQUEST']._serialized_start=2098
+  _globals['_DELETEREQUEST']._serialized_end=2146
+  _globals['_DELETERESPONSE']._serialized_start=2148
+  _globals['_DELETERESPONSE']._serialized_end=2181
+  _globals['_CLEARREQUEST']._serialized_start=2183
+  _globals['_CLEARREQUEST']._serialized_end=2216
+  _globals['_CLEARRESPONSE']._serialized_start=2218
+  _globals['_CLEARRESPONSE']._serialized_end=2248
+  _globals['_KVSTORE']._serialized_start=2344
+  _globals['_KVSTORE']._serialized_end=3350
 # @@protoc_insertion_point(module_scope)

@@ -356,14 +356,18 @@ class AcquireRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     GROUPS_FIELD_NUMBER: builtins.int
+    EXACT_FIELD_NUMBER: builtins.int
+    exact: builtins.bool
+    """blocks that are only left as a lossy copy count as absent"""
     @property
     def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___AcquireGroup]: ...
     def __init__(
         self,
         *,
         groups: collections.abc.Iterable[global___AcquireGroup] | None = ...,
+        exact: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["groups", b"groups"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["exact", b"exact", "groups", b"groups"]) -> None: ...
 
 global___AcquireRequest = AcquireRequest
 
@@ -382,6 +386,7 @@ class LeaseGroup(google.protobuf.message.Message):
     BLOCK_NBYTES_FIELD_NUMBER: builtins.int
     NAMESPACE_FIELD_NUMBER: builtins.int
     CHECKSUMS_FIELD_NUMBER: builtins.int
+    LOSSY_FIELD_NUMBER: builtins.int
     first_block: builtins.int
     """index into the asked keys of the first block listed"""
     slab_ids: builtins.bytes
@@ -394,6 +399,8 @@ class LeaseGroup(google.protobuf.message.Message):
     namespace: builtins.bytes
     checksums: builtins.bytes
     """xxh3-128 of the raw bytes, 16 bytes each, digest order; all zero: not known yet"""
+    lossy: builtins.bytes
+    """a byte each, 1 where the block comes from a lossy copy; empty: all are exact"""
     def __init__(
         self,
         *,
@@ -404,8 +411,9 @@ class LeaseGroup(google.protobuf.message.Message):
         block_nbytes: builtins.int = ...,
         namespace: builtins.bytes = ...,
         checksums: builtins.bytes = ...,
+        lossy: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_nbytes", b"block_nbytes", "checksums", b"checksums", "first_block", b"first_block", "generations", b"generations", "namespace", b"namespace", "slab_ids", b"slab_ids", "slots", b"slots"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_nbytes", b"block_nbytes", "checksums", b"checksums", "first_block", b"first_block", "generations", b"generations", "lossy", b"lossy", "namespace", b"namespace", "slab_ids", b"slab_ids", "slots", b"slots"]) -> None: ...
 
 global___LeaseGroup = LeaseGroup
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvstore/v1/types.proto\x12\nkvstore.v1\"F\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0c\n\x04\x61xes\x18\x04 \x01(\t\"5\n\tShardAxis\x12\x0c\n\x04\x61xis\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\x04\x12\x0c\n\x04size\x18\x03 \x01(\x04\"\xcf\x02\n\rNamespaceSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\x04\x12\'\n\x04kind\x18\x04 \x01(\x0e\x32\x19.kvstore.v1.NamespaceKind\x12&\n\x06layout\x18\x05 \x03(\x0b\x32\x16.kvstore.v1.TensorSpec\x12$\n\x05shard\x18\x06 \x03(\x0b\x32\x15.kvstore.v1.ShardAxis\x12\x39\n\x08identity\x18\x07 \x03(\x0b\x32\'.kvstore.v1.NamespaceSpec.IdentityEntry\x12\x16\n\x0ehash_algorithm\x18\x08 \x01(\t\x12\x0c\n\x04salt\x18\t \x01(\t\x1a/\n\rIdentityEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*a\n\rNamespaceKind\x12\x1e\n\x1aNAMESPACE_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14NAMESPACE_KIND_CHAIN\x10\x01\x12\x16\n\x12NAMESPACE_KIND_SET\x10\x02*n\n\tPutStatus\x12\x1a\n\x16PUT_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11PUT_STATUS_STORED\x10\x01\x12\x15\n\x11PUT_STATUS_EXISTS\x10\x02\x12\x17\n\x13PUT_STATUS_REJECTED\x10\x03*\xac\x02\n\x0cRejectReason\x12\x1d\n\x19REJECT_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15REJECT_REASON_NO_ROOM\x10\x01\x12\x1b\n\x17REJECT_REASON_NO_PARENT\x10\x02\x12\x1e\n\x1aREJECT_REASON_STAGING_BUSY\x10\x03\x12\x1a\n\x16REJECT_REASON_DEADLINE\x10\x04\x12\x1a\n\x16REJECT_REASON_CHECKSUM\x10\x05\x12\x17\n\x13REJECT_REASON_QUOTA\x10\x06\x12\x1d\n\x19REJECT_REASON_UNAVAILABLE\x10\x07\x12\x1a\n\x16REJECT_REASON_DRAINING\x10\x08\x12\x19\n\x15REJECT_REASON_CLEARED\x10\t*H\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0c\n\x08TIER_HOT\x10\x01\x12\r\n\tTIER_WARM\x10\x02\x12\r\n\tTIER_COLD\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvstore/v1/types.proto\x12\nkvstore.v1\"F\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0c\n\x04\x61xes\x18\x04 \x01(\t\"5\n\tShardAxis\x12\x0c\n\x04\x61xis\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\x04\x12\x0c\n\x04size\x18\x03 \x01(\x04\"\xe3\x02\n\rNamespaceSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\x04\x12\'\n\x04kind\x18\x04 \x01(\x0e\x32\x19.kvstore.v1.NamespaceKind\x12&\n\x06layout\x18\x05 \x03(\x0b\x32\x16.kvstore.v1.TensorSpec\x12$\n\x05shard\x18\x06 \x03(\x0b\x32\x15.kvstore.v1.ShardAxis\x12\x39\n\x08identity\x18\x07 \x03(\x0b\x32\'.kvstore.v1.NamespaceSpec.IdentityEntry\x12\x16\n\x0ehash_algorithm\x18\x08 \x01(\t\x12\x0c\n\x04salt\x18\t \x01(\t\x12\x12\n\ncold_codec\x18\n \x01(\t\x1a/\n\rIdentityEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*a\n\rNamespaceKind\x12\x1e\n\x1aNAMESPACE_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14NAMESPACE_KIND_CHAIN\x10\x01\x12\x16\n\x12NAMESPACE_KIND_SET\x10\x02*n\n\tPutStatus\x12\x1a\n\x16PUT_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11PUT_STATUS_STORED\x10\x01\x12\x15\n\x11PUT_STATUS_EXISTS\x10\x02\x12\x17\n\x13PUT_STATUS_REJECTED\x10\x03*\xac\x02\n\x0cRejectReason\x12\x1d\n\x19REJECT_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15REJECT_REASON_NO_ROOM\x10\x01\x12\x1b\n\x17REJECT_REASON_NO_PARENT\x10\x02\x12\x1e\n\x1aREJECT_REASON_STAGING_BUSY\x10\x03\x12\x1a\n\x16REJECT_REASON_DEADLINE\x10\x04\x12\x1a\n\x16REJECT_REASON_CHECKSUM\x10\x05\x12\x17\n\x13REJECT_REASON_QUOTA\x10\x06\x12\x1d\n\x19REJECT_REASON_UNAVAILABLE\x10\x07\x12\x1a\n\x16REJECT_REASON_DRAINING\x10\x08\x12\x19\n\x15REJECT_REASON_CLEARED\x10\t*H\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0c\n\x08TIER_HOT\x10\x01\x12\r\n\tTIER_WARM\x10\x02\x12\r\n\tTIER_COLD\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,20 +33,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NAMESPACESPEC_IDENTITYENTRY']._loaded_options = None
   _globals['_NAMESPACESPEC_IDENTITYENTRY']._serialized_options = b'8\001'
-  _globals['_NAMESPACEKIND']._serialized_start=503
-  _globals['_NAMESPACEKIND']._serialized_end=600
-  _globals['_PUTSTATUS']._serialized_start=602
-  _globals['_PUTSTATUS']._serialized_end=712
-  _globals['_REJECTREASON']._serialized_start=715
-  _globals['_REJECTREASON']._serialized_end=1015
-  _globals['_TIER']._serialized_start=1017
-  _globals['_TIER']._serialized_end=1089
+  _globals['_NAMESPACEKIND']._serialized_start=523
+  _globals['_NAMESPACEKIND']._serialized_end=620
+  _globals['_PUTSTATUS']._serialized_start=622
+  _globals['_PUTSTATUS']._serialized_end=732
+  _globals['_REJECTREASON']._serialized_start=735
+  _globals['_REJECTREASON']._serialized_end=1035
+  _globals['_TIER']._serialized_start=1037
+  _globals['_TIER']._serialized_end=1109
   _globals['_TENSORSPEC']._serialized_start=38
   _globals['_TENSORSPEC']._serialized_end=108
   _globals['_SHARDAXIS']._serialized_start=110
   _globals['_SHARDAXIS']._serialized_end=163
   _globals['_NAMESPACESPEC']._serialized_start=166
-  _globals['_NAMESPACESPEC']._serialized_end=501
-  _globals['_NAMESPACESPEC_IDENTITYENTRY']._serialized_start=454
-  _globals['_NAMESPACESPEC_IDENTITYENTRY']._serialized_end=501
+  _globals['_NAMESPACESPEC']._serialized_end=521
+  _globals['_NAMESPACESPEC_IDENTITYENTRY']._serialized_start=474
+  _globals['_NAMESPACESPEC_IDENTITYENTRY']._serialized_end=521
 # @@protoc_insertion_point(module_scope)

@@ -209,6 +209,7 @@ class NamespaceSpec(google.protobuf.message.Message):
     IDENTITY_FIELD_NUMBER: builtins.int
     HASH_ALGORITHM_FIELD_NUMBER: builtins.int
     SALT_FIELD_NUMBER: builtins.int
+    COLD_CODEC_FIELD_NUMBER: builtins.int
     model: builtins.str
     revision: builtins.str
     block_tokens: builtins.int
@@ -216,6 +217,8 @@ class NamespaceSpec(google.protobuf.message.Message):
     hash_algorithm: builtins.str
     """"sha256" """
     salt: builtins.str
+    cold_codec: builtins.str
+    """empty: blocks come back bit for bit; int8kv: K and V as int8 where only cold has them"""
     @property
     def layout(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TensorSpec]: ...
     @property
@@ -236,7 +239,8 @@ class NamespaceSpec(google.protobuf.message.Message):
         identity: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         hash_algorithm: builtins.str = ...,
         salt: builtins.str = ...,
+        cold_codec: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_tokens", b"block_tokens", "hash_algorithm", b"hash_algorithm", "identity", b"identity", "kind", b"kind", "layout", b"layout", "model", b"model", "revision", b"revision", "salt", b"salt", "shard", b"shard"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_tokens", b"block_tokens", "cold_codec", b"cold_codec", "hash_algorithm", b"hash_algorithm", "identity", b"identity", "kind", b"kind", "layout", b"layout", "model", b"model", "revision", b"revision", "salt", b"salt", "shard", b"shard"]) -> None: ...
 
 global___NamespaceSpec = NamespaceSpec

@@ -19,9 +19,13 @@ from hypothesis.stateful import (
 )
 
 from core_world import PAGE, TENANT, key
+from kvstore.core import adaptive
+from kvstore.core.adaptive import Adaptive
 from kvstore.core.block import COLD, HOT, WARM, Block, Namespace
 from kvstore.core.leaf_lru import LeafLru
-from kvstore.core.policy import PolicyFactory
+from kvstore.core.policy import EvictionPolicy, PolicyFactory
+from kvstore.core.shadows import Candidate
+from kvstore.replay.rivals import Arc, Lru2, S3Fifo
 
 
 class Side:
@@ -56,15 +60,18 @@ class Side:
     def insert(self, parent: int | None) -> None:
         block = Block(self.space, key(len(self.blocks)), None if parent is None else self.blocks[parent])
         self.blocks.append(block)
+        self.policy.refer(self.space, block.key)
+        block.touched = next(self.clock)
         self.gain(len(self.blocks) - 1)
-        self.touch(len(self.blocks) - 1)
 
     def gain(self, i: int) -> None:
         self.blocks[i].copies |= self.tier
         self.policy.insert(self.blocks[i])
 
     def touch(self, i: int) -> None:
+        self.policy.refer(self.space, self.blocks[i].key)
         self.blocks[i].touched = next(self.clock)
+        self.blocks[i].reused = True
         self.policy.touch(self.blocks[i])
 
     def pin(self, i: int) -> None:
@@ -98,8 +105,24 @@ class Case:
     next_stamp: Callable[[Iterable[int]], int] | None = None
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """Makes an adaptive order that has one candidate to follow."""
+
+    candidate: Candidate
+
+    def __call__(self, tier: int) -> EvictionPolicy:
+        return Adaptive(tier, (self.candidate,))
+
+
 # For leaf-first LRU: the oldest stamp, where an ancestor has the stamp of the latest use below it that has left.
-POLICIES = [Case("leaf_lru", LeafLru, min)]
+DAEMON = [
+    Case("leaf_lru", LeafLru, min),
+    Case("adaptive", Adaptive),
+    *(Case(f"adaptive, candidate {i}", Fixed(one)) for i, one in enumerate(adaptive.CANDIDATES)),
+]
+# Those that replay compares with rotate their queues when they are asked.
+POLICIES = [*DAEMON, Case("lru_2", Lru2), Case("s3_fifo", S3Fifo), Case("arc", Arc)]
 
 cases = pytest.mark.parametrize("case", POLICIES, ids=lambda case: case.name)
 tiers = pytest.mark.parametrize("tier", [HOT, WARM, COLD])
@@ -277,7 +300,7 @@ def test_a_wide_tree_is_returned_whole(case: Case) -> None:
     assert sorted(seen) == list(range(501)) and seen[-1] == 0
 
 
-@cases
+@pytest.mark.parametrize("case", DAEMON, ids=lambda case: case.name)
 def test_asking_while_nothing_may_leave_costs_nobody_their_place(case: Case) -> None:
     side = Side(case.make, WARM)
     for _ in range(20):

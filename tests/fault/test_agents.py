@@ -21,7 +21,7 @@ import pytest
 from agent_rig import PATIENCE_S, Slots, cold_config, hot_config, wait_until
 from kvstore.engine.supervisor import AgentSupervisor
 from kvstore.protocol.errors import InvalidRequest, Unavailable
-from kvstore.tiers.base import Outcome, TierItem
+from kvstore.tiers.base import BlockRef, Outcome, TierItem
 from kvstore.v1 import agent_pb2
 
 HUNG_S = 0.5
@@ -220,13 +220,18 @@ def test_while_it_cannot_start_everything_is_answered(broken: AgentSupervisor, s
     assert broken.read(slots.targets(range(4))) == [Outcome.OK] * 4
 
 
-def test_deletes_and_slabs_wait_for_the_next_agent(broken: AgentSupervisor, slots: Slots, tmp_path: Path) -> None:
-    broken.delete([slots.source_name(number).ref for number in (1, 2, 99)])
+def test_slabs_wait_for_the_next_agent_and_deletes_are_to_be_asked_for_again(
+    broken: AgentSupervisor, slots: Slots, tmp_path: Path
+) -> None:
+    refs = [slots.source_name(number).ref for number in (1, 2, 99)]
+    with pytest.raises(Unavailable, match="the cold agent is down"):
+        broken.delete(refs)
     late = Slots(slab_id=2)
     late.map_into(broken)
     broken.unmap_slab(1)
     repair(tmp_path)
     is_replaced(broken, broken.restarts)
+    broken.delete(refs)
     outcomes = broken.read(late.targets(range(4)))
     assert outcomes == [Outcome.OK, Outcome.MISSING, Outcome.MISSING, Outcome.OK]
     assert broken.read(slots.targets([0])) == [Outcome.BUSY]
@@ -240,6 +245,78 @@ def test_deletes_and_slabs_wait_for_the_next_agent(broken: AgentSupervisor, slot
 def test_closing_does_not_wait_for_the_next_attempt(broken: AgentSupervisor) -> None:
     broken.close()
     assert broken.state == "down: closed"
+
+
+# -- upkeep ---------------------------------------------------------------------------------------------------
+
+
+def test_every_stored_block_is_checked_page_by_page_and_what_is_bad_goes(
+    supervise: Supervise, slots: Slots, tmp_path: Path
+) -> None:
+    supervisor = supervise()
+    slots.map_into(supervisor)
+    write_all(supervisor, slots.sources(range(16)))
+    supervisor.flush()
+    assert pages(supervisor, repair=False) == (16, 0, 0)
+    broken = flip_middle(tmp_path / "cold", slots)
+    checked, corrupt, repaired = pages(supervisor, repair=False)
+    assert (checked, repaired) == (16, 0)
+    assert corrupt == 1
+    assert pages(supervisor, repair=True) == (16, 1, 1)
+    assert pages(supervisor, repair=False) == (15, 0, 0)
+    outcomes = supervisor.read(slots.targets(range(16)))
+    assert outcomes == [Outcome.MISSING if number == broken else Outcome.OK for number in range(16)]
+    assert supervisor.restarts == 0
+
+
+def pages(supervisor: AgentSupervisor, *, repair: bool) -> tuple[int, int, int]:
+    """Blocks checked, corrupt and repaired, over as many calls as it takes."""
+    after: BlockRef | None = None
+    checked = corrupt = repaired = 0
+    while True:
+        page = supervisor.check(after, 5, repair)
+        checked, corrupt, repaired = checked + page.checked, corrupt + page.corrupt, repaired + page.repaired
+        after = page.last
+        if after is None:
+            return checked, corrupt, repaired
+
+
+def flip_middle(folder: Path, slots: Slots) -> int:
+    """Flip one bit in the middle of block 7, wherever the store keeps it; its number."""
+    wanted = slots.content(7).tobytes()[30_000:30_032]  # random bytes, which are stored as they are
+    for path in folder.rglob("data.mdb"):
+        at = path.read_bytes().find(wanted)
+        if at >= 0:
+            with path.open("r+b", buffering=0) as file:
+                file.seek(at)
+                file.write(bytes([wanted[0] ^ 1]))
+            return 7
+    raise AssertionError("the block is not where it is looked for")
+
+
+def test_a_compaction_gives_space_back_and_loses_nothing(supervise: Supervise, slots: Slots) -> None:
+    supervisor = supervise()
+    slots.map_into(supervisor)
+    write_all(supervisor, slots.sources(range(16)))
+    supervisor.delete([slots.source_name(number).ref for number in range(12)])
+    supervisor.flush()
+    result = supervisor.compact()
+    assert result.after_bytes < result.before_bytes
+    targets = slots.targets(range(12, 16))
+    assert supervisor.read(targets) == [Outcome.OK] * 4
+    assert all(slots.is_whole(target) for target in targets)
+    write_all(supervisor, slots.sources(range(12)))
+    supervisor.kill()
+    is_replaced(supervisor, 1)
+    assert supervisor.read(slots.targets(range(16))) == [Outcome.OK] * 16
+
+
+def test_upkeep_of_a_tier_that_keeps_nothing_is_refused(supervise: Supervise) -> None:
+    supervisor = supervise(hot_config())
+    for call in (lambda: supervisor.check(None, 1, False), supervisor.compact):
+        with pytest.raises(InvalidRequest, match="keeps nothing"):
+            call()
+    assert supervisor.restarts == 0
 
 
 # -- hung -----------------------------------------------------------------------------------------------------
@@ -277,7 +354,8 @@ def test_every_call_of_a_hung_agent_ends(supervise: Supervise, slots: Slots, met
     os.kill(supervisor.pid or 0, signal.SIGSTOP)
     other = Slots(slab_id=2)
     if method == "delete":
-        supervisor.delete([slots.source_name(0).ref])
+        with pytest.raises(Unavailable, match="no answer to DELETE"):
+            supervisor.delete([slots.source_name(0).ref])
     elif method == "map":
         other.map_into(supervisor)
     elif method == "unmap":
@@ -291,7 +369,7 @@ def test_every_call_of_a_hung_agent_ends(supervise: Supervise, slots: Slots, met
     elif method == "unmap":
         assert supervisor.read(slots.targets([0])) == [Outcome.BUSY]
     else:
-        assert supervisor.read(slots.targets([0])) == [Outcome.MISSING if method == "delete" else Outcome.OK]
+        assert supervisor.read(slots.targets([0])) == [Outcome.OK], "nothing was replayed"
     other.segment.close()
 
 
@@ -389,6 +467,7 @@ def test_no_descriptor_is_left(supervise: Supervise, slots: Slots) -> None:
         ({"path": ""}, "needs a path"),
         ({"capacity_bytes": 0}, "capacity of more than 0 bytes"),
         ({"codec": "mp3"}, "codec 'mp3'"),
+        ({"durability": "sometimes"}, "durability 'sometimes'"),
         ({"reader_threads": 1000}, "1000 reader threads; the limit is 16"),
         ({"tier": "lukewarm"}, "unknown tier 'lukewarm'"),
         ({"tier": "hot", "device": "tpu:0"}, "unknown device 'tpu:0'"),

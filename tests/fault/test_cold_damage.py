@@ -20,6 +20,7 @@ from polling import eventually
 BLOCKS = 64
 NBYTES = 64 << 10
 PAGE = 4096
+PARTS = ("payload", "records")
 
 
 @pytest.fixture
@@ -46,9 +47,9 @@ def evict(daemon: DaemonProcess) -> None:
     daemon.ask("Evict", admin_pb2.EvictRequest(tier=types_pb2.TIER_WARM, bytes=1 << 40))
 
 
-def data_file(daemon: DaemonProcess) -> Path:
-    (found,) = (daemon.state_dir / "cold").rglob("data.mdb")
-    return found
+def data_file(daemon: DaemonProcess, part: str = "payload") -> Path:
+    """The file of the payloads, or of the records."""
+    return daemon.state_dir / "cold" / part / "data.mdb"
 
 
 def used_pages(path: Path) -> int:
@@ -111,12 +112,15 @@ def test_defect_2_flipped_bits_under_a_running_daemon(daemon: DaemonProcess, spa
     check_goes_on(daemon, space, saved)
 
 
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("bits", [1, 50, 2000])
-def test_defect_2_flipped_bits_at_a_restart(daemon: DaemonProcess, space: Namespace, saved: Keys, bits: int) -> None:
+def test_defect_2_flipped_bits_at_a_restart(
+    daemon: DaemonProcess, space: Namespace, saved: Keys, bits: int, part: str
+) -> None:
     """Anywhere in the file, its trees and the blocks' records included."""
     for round_ in range(2):
         daemon.stop()
-        flip(data_file(daemon), bits, seed=100 * bits + round_)
+        flip(data_file(daemon, part), bits, seed=100 * bits + round_)
         daemon.start()
         assert fetch(space, saved)[1] == []
         evict(daemon)
@@ -177,21 +181,25 @@ def flip_meta(path: Path) -> None:
             file.write(b"\xff" * 64)
 
 
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_defect_2_a_damaged_file_is_set_aside_and_the_tier_works(
-    daemon: DaemonProcess, space: Namespace, saved: Keys, damage: str
+    daemon: DaemonProcess, space: Namespace, saved: Keys, damage: str, part: str
 ) -> None:
     daemon.stop()
-    DAMAGE[damage](data_file(daemon))
+    DAMAGE[damage](data_file(daemon, part))
     daemon.start()
     assert fetch(space, saved)[1] == []
     assert fetch(space, saved)[1] == []
     check_goes_on(daemon, space, saved)
 
 
-def test_defect_2_a_file_cut_under_a_running_daemon(daemon: DaemonProcess, space: Namespace, saved: Keys) -> None:
-    """SIGBUS for whoever reads it: the agent dies, the daemon does not, and the next agent starts afresh."""
-    path = data_file(daemon)
+@pytest.mark.parametrize("part", PARTS)
+def test_defect_2_a_file_cut_under_a_running_daemon(
+    daemon: DaemonProcess, space: Namespace, saved: Keys, part: str
+) -> None:
+    """SIGBUS for whoever reads it: the agent may die, the daemon does not, and the next agent starts afresh."""
+    path = data_file(daemon, part)
     cut(path, used_pages(path) // 2 * PAGE)
     for _ in range(3):
         assert fetch_or_nothing(space, saved)[1] == []

@@ -130,7 +130,7 @@ def check_clean(world: World, blocks: list[Block]) -> None:
     """What is saved and what is not."""
     residency = world.cache.residency
     warm = [block for block in blocks if block.copies & WARM]
-    assert set(residency.dirty) == {block for block in warm if not block.copies & COLD}
+    assert set(residency.dirty) == {block for block in warm if not block.copies & COLD and not block.degraded}
     ahead = [block for block in blocks if residency.is_ahead(block)]
     assert all(block.copies & WARM and block.copies & COLD for block in ahead)
     assert residency.ahead_bytes == sum(block.namespace.slot_bytes for block in ahead)

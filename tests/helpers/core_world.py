@@ -26,6 +26,7 @@ PAGE = 4096
 TENANT = "tenant"
 SESSION = 1
 TTL_S = 30.0
+LOSSY = 1_000_000  # added to the variant of what went through a lossy codec
 
 
 def key(name: object) -> bytes:
@@ -70,6 +71,7 @@ class Record(NamedTuple):
     parent: bytes
     epoch: int
     stored_bytes: int
+    lossy: bool = False
 
 
 class Promise(NamedTuple):
@@ -179,10 +181,17 @@ class World:
         return slab is not None
 
     def open(
-        self, name: str = "ns", tenant: str = TENANT, chain: bool = True, nbytes: int = PAGE, block_tokens: int = 16
+        self,
+        name: str = "ns",
+        tenant: str = TENANT,
+        chain: bool = True,
+        nbytes: int = PAGE,
+        block_tokens: int = 16,
+        cold_codec: str = "",
     ) -> Namespace:
         """A namespace."""
-        return self.cache.open_namespace(key(("namespace", name)), NamespaceShape(tenant, nbytes, block_tokens, chain))
+        shape = NamespaceShape(tenant, nbytes, block_tokens, chain, cold_codec=cold_codec)
+        return self.cache.open_namespace(key(("namespace", name)), shape)
 
     # -- puts -------------------------------------------------------------------------------------------------
 
@@ -305,12 +314,18 @@ class World:
         self.saves.remove(save)
         copy = save.copy
         content = self.memory.contents[copy.slot.ref]
+        lossy = save.tier == COLD and bool(copy.block.namespace.cold_codec)
         if stored_bytes is not None:
             assert content.checksum == save.checksum, "the source changed while it was copied"
+            assert not (lossy and content.variant >= LOSSY), "encoded a second time"
             name = (copy.block.namespace.digest, copy.block.key)
-            self.media[save.tier][name] = Record(content, save.checksum, save.parent, save.epoch, stored_bytes)
+            if lossy:
+                content = content._replace(variant=content.variant + LOSSY)
+            self.media[save.tier][name] = Record(
+                content, content.checksum, save.parent, save.epoch, stored_bytes, lossy
+            )
         if save.tier == COLD:
-            self.cache.moves.saved(copy, stored_bytes)
+            self.cache.moves.saved(copy, stored_bytes, content.checksum if lossy else b"")
         else:
             self.cache.moves.promoted(copy, stored_bytes is not None)
 
@@ -352,7 +367,8 @@ class World:
         """Kill the daemon and start another on the same cold medium."""
         epochs = {namespace.digest: namespace.epoch for namespace in namespaces.values()}
         shapes = {
-            name: NamespaceShape(n.tenant, n.block_nbytes, n.block_tokens, n.chain) for name, n in namespaces.items()
+            name: NamespaceShape(n.tenant, n.block_nbytes, n.block_tokens, n.chain, cold_codec=n.cold_codec)
+            for name, n in namespaces.items()
         }
         self.memory = Memory()
         self.plans, self.loads, self.saves, self.media[HOT] = [], [], [], {}
@@ -365,7 +381,7 @@ class World:
             if record.epoch != epochs[digest]:
                 del self.media[COLD][digest, name]
             else:
-                entry = RecoveredBlock(name, record.parent, record.checksum, record.stored_bytes)
+                entry = RecoveredBlock(name, record.parent, record.checksum, record.stored_bytes, record.lossy)
                 self.cache.recover(by_digest[digest], entry)
         for namespace in reopened.values():
             self.cache.recovered(namespace)

@@ -11,7 +11,16 @@ from kvstore.agents.media import Medium
 from kvstore.agents.memory import MappedSlabs
 from kvstore.agents.server import AgentServer
 from kvstore.protocol.frames import AgentMethod, Frame, FrameSocket
-from kvstore.tiers.base import BlockRef, Outcome, StoredRecord, Tier, TierItem, WriteResult
+from kvstore.tiers.base import (
+    BlockRef,
+    CheckPage,
+    CompactResult,
+    Outcome,
+    StoredRecord,
+    Tier,
+    TierItem,
+    WriteResult,
+)
 from kvstore.v1 import agent_pb2
 
 PATIENCE_S = 30.0
@@ -28,7 +37,9 @@ class ScriptedTier(Tier):
     def __init__(self) -> None:
         self.before_write: Callable[[], object] = lambda: None
         self.before_read: Callable[[], object] = lambda: None
+        self.before_item: Callable[[TierItem], object] = lambda item: None
         self.before_flush: Callable[[], object] = lambda: None
+        self.missing = False
         self.deleted: list[BlockRef] = []
         self.closed = threading.Event()
         self.records: list[StoredRecord] = []
@@ -39,7 +50,9 @@ class ScriptedTier(Tier):
 
     def read(self, items: Sequence[TierItem]) -> list[Outcome]:
         self.before_read()
-        return [Outcome.OK for _ in items]
+        for item in items:
+            self.before_item(item)
+        return [Outcome.MISSING if self.missing else Outcome.OK for _ in items]
 
     def delete(self, refs: Sequence[BlockRef]) -> None:
         self.deleted += refs
@@ -52,6 +65,12 @@ class ScriptedTier(Tier):
 
     def flush(self) -> None:
         self.before_flush()
+
+    def check(self, after: BlockRef | None, limit: int, repair: bool) -> CheckPage:
+        return CheckPage(after, limit, repaired=int(repair))
+
+    def compact(self) -> CompactResult:
+        return CompactResult(9, 4)
 
     def scan(self, after: BlockRef | None = None) -> Iterator[StoredRecord]:
         return iter([record for record in self.records if after is None or record.ref > after])

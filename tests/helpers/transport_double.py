@@ -114,7 +114,9 @@ class FakeEngine:
     def exists(self, session: FakeSession, namespace: bytes, keys: bytes) -> bytes:
         return bytes(keys[i : i + 32] in self.stored for i in range(0, len(keys), 32))
 
-    def acquire(self, session: FakeSession, groups: Sequence[tuple[bytes, bytes, int]]) -> pb.LeaseReply:
+    def acquire(
+        self, session: FakeSession, groups: Sequence[tuple[bytes, bytes, int]], exact: bool = False
+    ) -> pb.LeaseReply:
         return pb.LeaseReply(lease_id=7, tokens=16, ready=self.ready)
 
     def wait(self, session: FakeSession, lease_id: int, stop: int, timeout_s: float) -> tuple[int, int]:
@@ -181,8 +183,11 @@ class FakeEngine:
     def flush(self, timeout_s: float) -> tuple[int, int]:
         return 3, round(timeout_s * 1000)
 
-    def verify(self, tier: int) -> tuple[int, int]:
-        return 4, 0
+    def verify(self, request: admin_pb2.VerifyRequest) -> admin_pb2.VerifyResponse:
+        return admin_pb2.VerifyResponse(checked=4)
+
+    def compact(self) -> admin_pb2.CompactResponse:
+        return admin_pb2.CompactResponse(before_bytes=8192, after_bytes=4096)
 
     def start_drain(self) -> None:
         self.drained = True
@@ -261,7 +266,7 @@ class Setup:
         self.transport = Transport(_satisfies(self.engine), self.config, hooks)
         self._open: list[Callable[[], None]] = []
 
-    def _tenant(self, uid: int, gid: int) -> str:
+    def _tenant(self, uid: int, gids: Sequence[int]) -> str:
         if uid in self.refused_uids:
             raise PermissionDenied(f"uid {uid} may not attach")
         return "tenant-a"

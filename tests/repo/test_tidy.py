@@ -21,9 +21,10 @@ PARAMETERS_MAX = 6
 LAZY_IMPORTS = {
     "client/kvstore_client/": {"grpc", "numpy", "torch", "xxhash"},
     "kvstore/cli/": {"*"},
-    "kvstore/bench/": {"kvstore_client", "torch"},
+    "kvstore/bench/": {"kvstore_client", "torch", "zipnn"},
     "kvstore/agents/": {"kvstore", "torch"},
     "kvstore/codec/": {"numba", "torch"},
+    "kvstore/replay/": {"matplotlib"},
     "kvstore/tiers/": {"torch"},
 }
 

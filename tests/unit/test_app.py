@@ -47,19 +47,19 @@ def test_tenants_are_found_by_uid_and_group_and_strangers_are_refused(tmp_path: 
     file = tmp_path / "c.toml"
     file.write_text(f'state_dir="{tmp_path}"\nsocket="/k"\n[tenants.a]\nuids=[70001]\ngids=[70]\n')
     resolve = app.tenant_resolver(load({}, file))
-    assert resolve(70001, 1) == "a"
-    assert resolve(70002, 70) == "a"
-    assert resolve(os.geteuid(), os.getegid()) == "default"
-    with pytest.raises(PermissionDenied, match=r"uid 70002 \(gid 71\) belongs to no tenant"):
-        resolve(70002, 71)
+    assert resolve(70001, [1]) == "a"
+    assert resolve(70002, [71, 70]) == "a"
+    assert resolve(os.geteuid(), [os.getegid()]) == "default"
+    with pytest.raises(PermissionDenied, match=r"uid 70002 \(groups 71, 72\) belongs to no tenant"):
+        resolve(70002, [72, 71, 72])
 
 
 def test_root_comes_in_as_the_daemons_own_tenant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 4242)
     resolve = app.tenant_resolver(load({"state_dir": str(tmp_path), "socket": "/k"}, environ={}))
-    assert resolve(0, 0) == "default"
+    assert resolve(0, [0]) == "default"
     with pytest.raises(PermissionDenied):
-        resolve(4243, 4243)
+        resolve(4243, [4243])
 
 
 def test_a_lock_is_not_followed_to_somebody_elses_file(tmp_path: Path) -> None:

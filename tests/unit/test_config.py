@@ -177,7 +177,7 @@ def test_the_stand_in_is_never_chosen_by_itself_and_says_what_it_is(settle: Sett
         ("drain_grace_s = -1", r"drain_grace_s: -1 is not a number of seconds"),
         ("lease_ttl_s = 0.5", r"lease_ttl_s: 0.5 s is too short; the least is 1 s"),
         ("agent_timeout_s = 0", r"agent_timeout_s: 0 s is too short; the least is 1 s"),
-        ('codec = "zip"', r"codec: 'zip' is none of auto, raw, planes"),
+        ('codec = "zip"', r"codec: 'zip' is none of auto, raw, exphuf"),
         ('state_dir = ""', r"state_dir: '' is not a path"),
         ("tenants = 3", r"tenants: 3 is not a table"),
         ("[tenants.a]\nuid = [1]", r"tenants\.a\.uid: unknown key; did you mean uids\?"),

@@ -9,7 +9,16 @@ from kvstore.agents import messages
 from kvstore.agents.memory import MappedSlabs
 from kvstore.protocol.errors import InvalidRequest
 from kvstore.protocol.frames import MAX_PAYLOAD_BYTES
-from kvstore.tiers.base import BlockRef, Outcome, SlabRange, StoredRecord, TierItem, WriteResult
+from kvstore.tiers.base import (
+    BlockRef,
+    CheckPage,
+    CompactResult,
+    Outcome,
+    SlabRange,
+    StoredRecord,
+    TierItem,
+    WriteResult,
+)
 from kvstore.v1 import agent_pb2
 
 NBYTES = 1 << 16
@@ -35,6 +44,8 @@ def item_message() -> agent_pb2.AgentItem:
         parent=b"p" * 32,
         epoch=1 << 63,
         layout="bfloat16",
+        lossy="int8kv",
+        hits=5,
     )
 
 
@@ -43,8 +54,9 @@ def payload(*items: agent_pb2.AgentItem) -> bytes:
 
 
 def test_an_item_arrives_as_it_was_sent(memory: MappedSlabs) -> None:
+    ref, place = BlockRef(b"n" * 32, b"k" * 32), SlabRange(1, 4096, 100)
     assert messages.decode_items(payload(item_message()), memory) == [
-        TierItem(BlockRef(b"n" * 32, b"k" * 32), SlabRange(1, 4096, 100), b"c" * 16, b"p" * 32, 1 << 63, "bfloat16")
+        TierItem(ref, place, b"c" * 16, b"p" * 32, 1 << 63, "bfloat16", "int8kv", 5)
     ]
 
 
@@ -113,17 +125,35 @@ def test_a_scan_goes_on_behind_a_block() -> None:
 
 
 def test_replies_say_what_the_tier_said() -> None:
-    written = [WriteResult(Outcome.OK, 5), WriteResult(Outcome.FULL)]
+    written = [WriteResult(Outcome.OK, 5, 2, True, b"l" * 16), WriteResult(Outcome.FULL)]
     reply = agent_pb2.AgentOutcomes.FromString(messages.encode_written(written))
-    assert [(r.outcome, r.stored_bytes) for r in reply.outcomes] == [(0, 5), (4, 0)]
-    reply = agent_pb2.AgentOutcomes.FromString(messages.encode_outcomes(list(Outcome)))
+    answers = [WriteResult(Outcome(r.outcome), r.stored_bytes, r.codec, r.lossy, r.checksum) for r in reply.outcomes]
+    assert answers == written
+    reply = agent_pb2.AgentOutcomes.FromString(messages.encode_outcomes(list(Outcome), 7, more=True))
     assert [r.outcome for r in reply.outcomes] == list(Outcome)
+    assert (reply.first, reply.more) == (7, True)
+
+
+def test_a_check_goes_on_behind_a_block_and_is_bounded() -> None:
+    request = agent_pb2.AgentCheckRequest(after=b"n" * 32 + b"k" * 32, limit=(1 << 64) - 1, repair=True)
+    ref = BlockRef(b"n" * 32, b"k" * 32)
+    assert messages.decode_check(request.SerializeToString()) == (ref, messages.CHECK_BLOCKS_MAX, True)
+    assert messages.decode_check(b"") == (None, messages.CHECK_BLOCKS_MAX, False)
+    with pytest.raises(InvalidRequest, match="after of 1 bytes"):
+        messages.decode_check(agent_pb2.AgentCheckRequest(after=b"x").SerializeToString())
+    page = agent_pb2.AgentCheckResponse.FromString(messages.encode_checked(CheckPage(ref, 4, 3, 2, 1)))
+    assert (page.last, page.checked, page.corrupt, page.missing, page.repaired) == (b"".join(ref), 4, 3, 2, 1)
+    assert agent_pb2.AgentCheckResponse.FromString(messages.encode_checked(CheckPage(None, 0))).last == b""
+    result = agent_pb2.AgentCompactResponse.FromString(messages.encode_compacted(CompactResult(9, 4)))
+    assert (result.before_bytes, result.after_bytes) == (9, 4)
 
 
 def test_the_longest_page_fits_a_frame() -> None:
-    record = StoredRecord(BlockRef(b"n" * 32, b"k" * 32), b"p" * 32, b"c" * 16, *[(1 << 64) - 1] * 3)
+    record = StoredRecord(BlockRef(b"n" * 32, b"k" * 32), b"p" * 32, b"c" * 16, *[(1 << 64) - 1] * 6, True)
     page = messages.encode_records([record] * messages.SCAN_RECORDS_MAX)
     assert len(page) < MAX_PAYLOAD_BYTES / 4
     (first, *_) = agent_pb2.AgentScanResponse.FromString(page).records
     assert (first.namespace, first.key, first.parent, first.checksum) == (*record.ref, record.parent, record.checksum)
     assert first.nbytes == first.stored_bytes == first.epoch == (1 << 64) - 1
+    assert first.codec == first.hits == first.stored_s == (1 << 64) - 1
+    assert first.lossy

@@ -48,7 +48,7 @@ STATS = pb.GetStatsResponse(
 
 
 class FakeAdmin(AdminServicer):
-    """Answers from `answers` (a message, or an error to fail with) by method, and notes the requests."""
+    """Answers from `answers` by method (a message, an iterator of them, or an error to fail with); notes requests."""
 
     def __init__(self) -> None:
         self.requests: list[object] = []
@@ -66,6 +66,7 @@ class FakeAdmin(AdminServicer):
             "Evict": pb.EvictResponse(blocks=2, bytes=4 << 20),
             "Flush": pb.FlushResponse(saved=5, unsaved=0),
             "Verify": pb.VerifyResponse(checked=9, corrupt=0),
+            "Compact": pb.CompactResponse(before_bytes=2, after_bytes=1),
             "Drain": pb.DrainResponse(),
             "SetLogLevel": pb.SetLogLevelResponse(level="debug"),
         }
@@ -83,7 +84,7 @@ class FakeAdmin(AdminServicer):
             answer = answers[name]
             if isinstance(answer, grpc.StatusCode):
                 context.abort(answer, "said by the daemon")
-            return answer
+            return next(answer) if isinstance(answer, Iterator) else answer
 
         return handle
 

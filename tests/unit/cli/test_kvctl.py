@@ -136,10 +136,46 @@ def test_flush_fails_where_blocks_are_left(kvctl: Run, daemon: Daemon) -> None:
     assert (result.exit_code, result.stdout) == (1, "saved 1 blocks, 4 are still unsaved\n")
 
 
-def test_verify_fails_where_a_block_was_corrupt(kvctl: Run, daemon: Daemon) -> None:
-    assert kvctl("verify", "cold").exit_code == 0
-    daemon.admin.answers["Verify"] = pb.VerifyResponse(checked=9, corrupt=1)
-    assert kvctl("verify", "cold").exit_code == 1
+def test_verify_fails_where_a_block_is_damaged_and_not_repaired(kvctl: Run, daemon: Daemon) -> None:
+    daemon.admin.answers["Verify"] = pb.VerifyResponse(checked=9)
+    assert kvctl("verify").stdout == "checked 9 blocks of cold: all are good\n"
+    daemon.admin.answers["Verify"] = pb.VerifyResponse(checked=9, corrupt=1, missing=1)
+    result = kvctl("verify", "cold")
+    assert result.exit_code == 1
+    assert result.stdout == "checked 9 blocks of cold: 1 corrupt, 1 missing; run it again with --repair to drop them\n"
+    daemon.admin.answers["Verify"] = pb.VerifyResponse(checked=9, corrupt=1, missing=1, repaired=2)
+    result = kvctl("verify", "--repair")
+    assert (result.exit_code, result.stdout) == (0, "checked 9 blocks of cold: 1 corrupt, 1 missing; 2 repaired\n")
+    assert daemon.admin.requests[-1] == pb.VerifyRequest(tier=types_pb2.TIER_COLD, repair=True)
+
+
+def test_verify_asks_page_after_page_and_adds_them_up(kvctl_json: RunJson, daemon: Daemon) -> None:
+    pages = [pb.VerifyResponse(checked=3, last=b"a" * 64), pb.VerifyResponse(checked=2, corrupt=1, repaired=1)]
+    daemon.admin.answers["Verify"] = iter(pages)
+    assert kvctl_json("verify", "--repair") == {"checked": 5, "corrupt": 1, "missing": 0, "repaired": 1}
+    asked = [request for request in daemon.admin.requests if isinstance(request, pb.VerifyRequest)]
+    assert [request.after for request in asked] == [b"", b"a" * 64]
+
+
+def test_compact_says_what_it_gave_back(kvctl: Run, daemon: Daemon) -> None:
+    daemon.admin.answers["Compact"] = pb.CompactResponse(before_bytes=3 << 30, after_bytes=1 << 30)
+    assert kvctl("compact").stdout == "the cold tier takes 1GiB; it was 3GiB\n"
+
+
+def test_status_says_what_the_disk_had_to_take_and_what_was_set_aside(kvctl: Run, daemon: Daemon) -> None:
+    medium = {"written_bytes": 1 << 30, "device_bytes": 5 << 28, "disk_bytes": 10 << 30, "set_aside": 1, "full": 3}
+    cold = pb.TierStats(name="cold", state="ok", medium=medium)
+    daemon.admin.answers["GetStats"] = pb.GetStatsResponse(uptime_ms=86_400_000, tiers=[cold])
+    shown = kvctl("status").stdout
+    assert "written (1.25 times its blocks), 0.12 drive writes a day at this rate" in shown
+    assert "set aside" in shown
+    assert "3 writes found no room on the disk" in shown
+
+
+def test_stats_for_prometheus(kvctl: Run) -> None:
+    text = kvctl("stats", "--prometheus").stdout
+    assert 'kvstore_tier_hits_total{tier="warm"} 75.0' in text
+    assert "kvstore_serving 1.0" in text
 
 
 def test_drain_and_log_level(kvctl: Run, kvctl_json: RunJson, daemon: Daemon) -> None:
@@ -249,7 +285,7 @@ def test_bench_lists_its_suites_without_a_daemon() -> None:
 def test_every_verb_has_help_and_the_shared_options() -> None:
     assert set(main.commands) == {
         "ping", "status", "stats", "tiers", "namespaces", "sessions", "inspect", "evict", "flush", "verify", "drain",
-        "log-level", "bench",
+        "log-level", "bench", "compact",
     }  # fmt: skip
     for name in main.commands:
         shown = CliRunner().invoke(main, [name, "--help"]).stdout

@@ -128,3 +128,10 @@ def test_readable_is_what_a_loop_over_blocks_says(places: list[tuple[int, int]],
     for run in made.runs(3 + start, 3 + stop):
         for block in range(run.first, run.stop):
             assert (run.slab.slab_id, run.slot + block - run.first) == places[block - 3]
+
+
+def test_lossy_blocks_by_their_index() -> None:
+    assert Placement(pb.LeaseGroup()).lossy == frozenset()
+    message = pb.LeaseGroup(first_block=10, slab_ids=bytes(12), slots=bytes(12), generations=bytes(24))
+    message.lossy = bytes([0, 1, 1])
+    assert Placement(message).lossy == {11, 12}

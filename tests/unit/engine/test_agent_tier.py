@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,7 +16,7 @@ from kvstore.engine.agent_channel import IN_FLIGHT, AgentLost
 from kvstore.engine.agent_tier import READ_FRAME_BYTES, WRITE_FRAME_BYTES, AgentTier
 from kvstore.protocol.errors import InternalError, InvalidRequest, KVStoreError, Unavailable
 from kvstore.protocol.frames import HEADER, MAX_CALLS_IN_FLIGHT, MAX_PAYLOAD_BYTES, AgentMethod, Frame, FrameSocket
-from kvstore.tiers.base import BlockRef, Outcome, SlabRange, TierItem, WriteResult
+from kvstore.tiers.base import BlockRef, CheckPage, CompactResult, Outcome, SlabRange, TierItem, WriteResult
 from kvstore.v1 import agent_pb2
 
 PATIENCE_S = 30.0
@@ -92,7 +92,8 @@ def late_agent() -> Iterator[FakeAgent]:
 
 def item(number: int, nbytes: int = 100) -> TierItem:
     ref = BlockRef(b"n" * 32, number.to_bytes(32, "big"))
-    return TierItem(ref, SlabRange(number, 4096, nbytes), b"c" * 16, b"p" * 32, epoch=7, layout="bfloat16")
+    place = SlabRange(number, 4096, nbytes)
+    return TierItem(ref, place, b"c" * 16, b"p" * 32, epoch=7, layout="bfloat16", lossy="int8kv", hits=3)
 
 
 def items(count: int, nbytes: int = 100) -> list[TierItem]:
@@ -107,7 +108,11 @@ def test_what_is_sent_is_what_was_asked(agent: FakeAgent) -> None:
     (sent,) = agent_pb2.AgentItems.FromString(write.payload).items
     assert (sent.namespace, sent.key) == item(5).ref
     assert (sent.range.slab_id, sent.range.offset, sent.range.nbytes) == item(5).range
-    assert (sent.checksum, sent.parent, sent.epoch, sent.layout) == item(5)[2:]
+    assert (sent.checksum, sent.parent, sent.epoch, sent.layout, sent.lossy, sent.hits) == item(5)[2:]
+    asked, _ = agent_pb2.AgentItems.FromString(read.payload).items
+    assert (asked.namespace, asked.key, asked.checksum) == (*item(5).ref, item(5).checksum)
+    assert (asked.range.slab_id, asked.range.offset, asked.range.nbytes) == item(5).range
+    assert not (asked.parent or asked.epoch or asked.layout), "write only"
 
 
 def test_an_empty_batch_is_not_sent(agent: FakeAgent) -> None:
@@ -126,7 +131,7 @@ def test_a_batch_is_split_by_bytes_and_its_outcomes_stay_in_order(agent: FakeAge
     agent.script = by_number
     assert agent.tier.read(items(50, 2 << 20)) == [Outcome(number % 3) for number in range(50)]
     sizes = [len(agent_pb2.AgentItems.FromString(frame.payload).items) for frame in agent.seen]
-    assert sizes == [READ_FRAME_BYTES // (2 << 20)] * 12 + [2]
+    assert sizes == [READ_FRAME_BYTES // (2 << 20), 50 - READ_FRAME_BYTES // (2 << 20)]
     agent.seen.clear()
     agent.tier.write(items(9, 2 << 20))
     sizes = [len(agent_pb2.AgentItems.FromString(frame.payload).items) for frame in agent.seen]
@@ -148,7 +153,7 @@ def test_frames_stay_small_whatever_the_number_of_blocks(agent: FakeAgent) -> No
 def test_a_batch_that_cannot_be_sent_is_refused_before_anything_is(agent: FakeAgent) -> None:
     absurd = [item(1, READ_FRAME_BYTES), item(2)._replace(layout="x" * (MAX_PAYLOAD_BYTES + 1))]
     with pytest.raises(InvalidRequest, match="absurdly long"):
-        agent.tier.read(absurd)
+        agent.tier.write(absurd)
     assert agent.seen == []
 
 
@@ -189,7 +194,9 @@ def test_a_reply_nobody_waits_for_is_dropped(agent: FakeAgent) -> None:
 
 def test_a_late_read_returns_only_once_its_agent_is_reaped(late_agent: FakeAgent) -> None:
     late_agent.script = FakeAgent.silent
-    assert late_agent.tier.read(items(20, 2 << 20)) == [Outcome.MISSING] * 20
+    settled: list[int] = []
+    assert late_agent.tier.read(items(20, 2 << 20), lambda first, _: settled.append(first)) == [Outcome.MISSING] * 20
+    assert settled == []
     assert late_agent.reaped.is_set()
     assert "no answer to READ within 0.2 s" in late_agent.reasons[0]
 
@@ -209,7 +216,7 @@ def test_what_was_answered_before_the_end_counts(agent: FakeAgent) -> None:
             agent.frames.sock.shutdown(socket.SHUT_RDWR)
 
     agent.script = first_only
-    assert agent.tier.read(items(6, 4 << 20)) == [Outcome.OK] * 2 + [Outcome.MISSING] * 4
+    assert agent.tier.read(items(6, READ_FRAME_BYTES // 2)) == [Outcome.OK] * 2 + [Outcome.MISSING] * 4
 
 
 @pytest.mark.parametrize("count", [1, 200])
@@ -247,6 +254,135 @@ def test_without_a_place_nothing_is_sent_and_nobody_is_blamed(late_agent: FakeAg
     assert late_agent.tier.read([item(1, 100 * READ_FRAME_BYTES)]) == [Outcome.OK]
 
 
+# -- answers in parts -----------------------------------------------------------------------------------------
+
+
+def part(first: int, *outcomes: int, more: bool = True) -> bytes:
+    answers = [agent_pb2.AgentOutcome(outcome=outcome) for outcome in outcomes]
+    return agent_pb2.AgentOutcomes(outcomes=answers, first=first, more=more).SerializeToString()
+
+
+def test_each_block_is_settled_as_soon_as_it_is_answered(agent: FakeAgent) -> None:
+    """Before the call ends, in whatever order the parts come."""
+    settled: dict[int, Outcome] = {}
+    heard = threading.Semaphore(0)
+
+    def settle(first: int, outcomes: Sequence[Outcome]) -> None:
+        settled.update(enumerate(outcomes, first))
+        heard.release()
+
+    def in_parts(agent: FakeAgent, frame: Frame) -> None:
+        for payload in (part(3, 0), part(0, 0, 1)):
+            agent.reply(frame, payload)
+            assert heard.acquire(timeout=PATIENCE_S), "a part waits for the rest"
+        assert settled == {3: Outcome.OK, 0: Outcome.OK, 1: Outcome.MISSING}
+        agent.reply(frame, part(2, 2, more=False))
+
+    agent.script = in_parts
+    assert agent.tier.read(items(4), settle) == [Outcome.OK, Outcome.MISSING, Outcome.CORRUPT, Outcome.OK]
+    assert settled[2] is Outcome.CORRUPT
+
+
+def test_positions_go_on_from_one_frame_of_a_batch_to_the_next(agent: FakeAgent) -> None:
+    settled: list[int] = []
+    batch = items(5, READ_FRAME_BYTES // 2)
+    assert agent.tier.read(batch, lambda first, found: settled.extend(range(first, first + len(found)))) == [0] * 5
+    assert sorted(settled) == list(range(5))
+    assert len(agent.seen) == 3
+
+
+def test_what_was_settled_before_the_end_stays_and_the_rest_is_not_heard_of(agent: FakeAgent) -> None:
+    settled: list[int] = []
+
+    def dies_halfway(agent: FakeAgent, frame: Frame) -> None:
+        agent.reply(frame, part(0, 0, 0))
+        agent.frames.sock.shutdown(socket.SHUT_RDWR)
+
+    agent.script = dies_halfway
+    outcomes = agent.tier.read(items(4), lambda first, found: settled.extend(range(first, first + len(found))))
+    assert outcomes == [Outcome.OK] * 2 + [Outcome.MISSING] * 2
+    assert settled == [0, 1]
+    assert agent.reaped.is_set()
+
+
+def test_a_part_that_comes_after_the_call_was_given_up_settles_nothing(late_agent: FakeAgent) -> None:
+    """Its slot may belong to somebody else by then."""
+    frames: list[Frame] = []
+    settled: list[int] = []
+    late_agent.script = lambda _agent, frame: frames.append(frame)
+    late_agent.end = lambda why: late_agent.reply(frames[0], part(0, 0, 0, more=False))  # type: ignore[method-assign]
+    late_agent.tier._end_agent = late_agent.end
+    assert late_agent.tier.read(items(2), lambda first, _: settled.append(first)) in (
+        [Outcome.MISSING] * 2,
+        [Outcome.OK] * 2,  # it came before the door was shut: then it was settled, too
+    )
+    before = list(settled)
+    late_agent.tier.stats()
+    assert settled == before
+
+
+@pytest.mark.parametrize(
+    ("payload", "why"),
+    [
+        (part(1, 0, 0, more=False), "2 answers from 1 on to 2 items"),
+        (part(0, 0, more=False), "1 answers"),
+        (part(0, 0, 0, more=True), "2 answers"),
+        (part(1 << 63, 0), "1 answers from"),
+    ],
+)
+def test_parts_that_do_not_fit_end_the_agent(agent: FakeAgent, payload: bytes, why: str) -> None:
+    agent.script = lambda agent, frame: agent.reply(frame, payload)
+    assert agent.tier.read(items(2)) == [Outcome.MISSING] * 2
+    assert agent.reaped.is_set()
+    assert why in agent.reasons[0]
+
+
+def test_an_answer_given_twice_ends_the_agent(agent: FakeAgent) -> None:
+    def twice(agent: FakeAgent, frame: Frame) -> None:
+        agent.reply(frame, part(0, 0))
+        agent.reply(frame, part(0, 0))
+
+    agent.script = twice
+    agent.tier.read(items(3))
+    assert "1 answers from 0 on" in agent.reasons[0]
+
+
+def test_a_defect_in_a_settler_ends_the_agent_and_not_the_hearing_of_it(
+    agent: FakeAgent, caplog: pytest.LogCaptureFixture
+) -> None:
+    def settle(first: int, outcomes: Sequence[Outcome]) -> None:
+        raise ZeroDivisionError("nobody thought of this")
+
+    assert agent.tier.read(items(1), settle)
+    assert agent.reaped.is_set()
+    assert "nobody thought of this" in caplog.text
+
+
+def test_a_write_tells_codec_and_checksum(agent: FakeAgent) -> None:
+    answer = agent_pb2.AgentOutcome(outcome=0, stored_bytes=7, codec=3, lossy=True, checksum=b"l" * 16)
+    agent.script = lambda agent, frame: agent.reply(
+        frame, agent_pb2.AgentOutcomes(outcomes=[answer]).SerializeToString()
+    )
+    assert agent.tier.write(items(1)) == [WriteResult(Outcome.OK, 7, 3, True, b"l" * 16)]
+
+
+def test_writes_can_be_on_their_way_side_by_side(agent: FakeAgent) -> None:
+    held: list[Frame] = []
+
+    def in_reverse(agent: FakeAgent, frame: Frame) -> None:
+        held.append(frame)
+        if len(held) == 3:
+            for frame in reversed(held):
+                agent.ok(frame)
+
+    agent.script = in_reverse
+    pending = [agent.tier.begin_write(items(2, nbytes)) for nbytes in (10, 20, 30)]
+    assert [[result.stored_bytes for result in write.results()] for write in pending] == [[10] * 2, [20] * 2, [30] * 2]
+
+
+# -- refusals -------------------------------------------------------------------------------------------------
+
+
 def refused(agent: FakeAgent, frame: Frame) -> None:
     agent.reply(frame, b"no", InternalError.code)
 
@@ -266,7 +402,7 @@ def test_a_refused_call_costs_nothing_but_itself(agent: FakeAgent) -> None:
     ("payload", "why"),
     [
         (b"\xff", "unreadable answer to READ"),
-        (b"", "0 answers to 2 items"),
+        (b"", "0 answers from 0 on to 2 items"),
         (agent_pb2.AgentOutcomes(outcomes=[agent_pb2.AgentOutcome()] * 3).SerializeToString(), "3 answers"),
         (agent_pb2.AgentOutcomes(outcomes=[agent_pb2.AgentOutcome(outcome=99)] * 2).SerializeToString(), "unknown"),
     ],
@@ -327,6 +463,42 @@ def test_unreadable_pages_are_an_error(agent: FakeAgent) -> None:
     agent.script = lambda agent, frame: agent.reply(frame, b"\xff")
     with pytest.raises(InternalError, match="unreadable page"):
         list(agent.tier.scan())
+
+
+def test_a_scan_can_begin_behind_a_block(agent: FakeAgent) -> None:
+    agent.script = lambda agent, frame: agent.reply(frame)
+    assert list(agent.tier.scan(item(3).ref)) == []
+    assert agent_pb2.AgentScanRequest.FromString(agent.seen[0].payload).after == b"".join(item(3).ref)
+
+
+def test_a_check_is_asked_for_page_by_page(agent: FakeAgent) -> None:
+    last = b"".join(item(9).ref)
+    reply = agent_pb2.AgentCheckResponse(last=last, checked=5, corrupt=2, missing=1, repaired=3)
+    agent.script = lambda agent, frame: agent.reply(frame, reply.SerializeToString())
+    assert agent.tier.check(item(3).ref, 8, True) == CheckPage(item(9).ref, 5, 2, 1, 3)
+    request = agent_pb2.AgentCheckRequest.FromString(agent.seen[0].payload)
+    assert (request.after, request.limit, request.repair) == (b"".join(item(3).ref), 8, True)
+    with pytest.raises(InternalError, match="does not advance"):
+        agent.tier.check(item(9).ref, 8, False)
+    agent.script = lambda agent, frame: agent.reply(frame)
+    assert agent.tier.check(None, 8, False) == CheckPage(None, 0)
+
+
+def test_a_compaction_tells_what_it_gained(agent: FakeAgent) -> None:
+    reply = agent_pb2.AgentCompactResponse(before_bytes=9, after_bytes=4)
+    agent.script = lambda agent, frame: agent.reply(frame, reply.SerializeToString())
+    assert agent.tier.compact() == CompactResult(9, 4)
+    agent.script = refused
+    with pytest.raises(InternalError):
+        agent.tier.compact()
+    assert agent.reasons == []
+
+
+def test_a_slow_check_does_not_end_the_agent(late_agent: FakeAgent) -> None:
+    late_agent.script = FakeAgent.silent
+    with pytest.raises(Unavailable, match="no answer to CHECK"):
+        late_agent.tier.check(None, 8, False)
+    assert late_agent.reasons == []
 
 
 def test_statistics_do_not_end_a_slow_agent(monkeypatch: pytest.MonkeyPatch, agent: FakeAgent) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvstore.protocol.convert import from_proto, to_proto
 from kvstore.protocol.errors import InvalidRequest
 from kvstore.protocol.layout import ITEM_BYTES
 from kvstore.protocol.namespace import MAX_BLOCK_NBYTES, KVLayout, NamespaceSpec, TensorSpec
@@ -231,3 +232,12 @@ def test_a_layout_in_words() -> None:
     assert pair.text == "bfloat16 kv=2 token=16; int8 dim=3"
     many = KVLayout([TensorSpec(f"t{i}", "float16", (2, 16), "kv token") for i in range(100)])
     assert many.text == "float16"
+
+
+def test_a_lossy_codec_is_part_of_the_name_and_must_be_known() -> None:
+    exact = NamespaceSpec("m", "", 16, "chain", KVLayout([KV]))
+    lossy = dataclasses.replace(exact, cold_codec="int8kv")
+    assert lossy.digest("t") != exact.digest("t")
+    assert from_proto(to_proto(lossy)) == lossy
+    with pytest.raises(InvalidRequest, match="cold_codec is 'int4'; it must be empty"):
+        dataclasses.replace(exact, cold_codec="int4")

@@ -72,4 +72,16 @@ def test_every_number_of_the_statistics_is_exported() -> None:
     by_hand = {"version", "instance_id", "uptime_ms", "health", "tiers", "put_rejected", "counters"}
     assert exported | by_hand == {field.name for field in admin_pb2.GetStatsResponse.DESCRIPTOR.fields}
     tier = {field for field, _, _ in (*metrics._TIER_GAUGES, *metrics._TIER_COUNTERS)}
-    assert tier | {"name", "state", "device"} == {field.name for field in admin_pb2.TierStats.DESCRIPTOR.fields}
+    by_hand = {"name", "state", "device", "medium"}
+    assert tier | by_hand == {field.name for field in admin_pb2.TierStats.DESCRIPTOR.fields}
+
+
+def test_what_a_medium_counts_itself() -> None:
+    class Worn:
+        def stats(self) -> admin_pb2.GetStatsResponse:
+            cold = admin_pb2.TierStats(name="cold", medium={"device_bytes": 9, "map_bytes": 1})
+            return admin_pb2.GetStatsResponse(tiers=[admin_pb2.TierStats(name="warm"), cold])
+
+    text = metrics.Metrics(Worn()).render().decode()
+    assert 'kvstore_tier_device_bytes_total{tier="cold"} 9.0' in text
+    assert "map_bytes" not in text, "only what is known to be a counter"

@@ -1,115 +1,139 @@
-"""kill -9 of a process in the middle of writing: what it acknowledged is there, byte for byte.
+"""SIGKILL of a process in the middle of writing: what it acknowledged is there, byte for byte.
 
-This file is also the program that is killed: `python test_cold_kill.py FOLDER FIRST` writes blocks from number FIRST
-on and prints the numbers of those that were acknowledged, a line per batch.
+This file is also the program that is killed: it forks a writer per round, kills it at a random moment, and forks
+another process that opens the store and looks at every block. The program itself never has a store open, so that it
+stays a process of one thread that may fork.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
+import pytest
 
-from kvstore.codec.frame import FrameFormat
-from kvstore.tiers.base import BlockRef, Outcome, SlabRange, TierItem
-from kvstore.tiers.checksums import block_checksum
-from kvstore.tiers.cold import LmdbTier
-from kvstore.tiers.memory import ArrayMemory
+from cold_rig import ColdRig, fresh_seed, quick, ref
+from kvstore.tiers.base import Outcome
 
-CAPACITY_BYTES = 64 << 20
-BLOCK_BYTES = 150_000
+ROUNDS = 100
 BATCH = 12
-RING = 8 * BATCH  # blocks that the writer leaves behind it
-ROUNDS = 6
+RING = 8 * BATCH  # blocks that the writer leaves behind it, so that freed pages are being reused when it dies
+BLOCK_BYTES = 30_000
+WRITES_S = 0.06
+FAILED, WRONG = 1, 2
 
 
-def content(number: int) -> NDArray[np.uint8]:
-    """bfloat16 noise that follows from the number."""
-    values = np.random.default_rng(number).standard_normal(BLOCK_BYTES // 2, dtype=np.float32)
-    return (values.view(np.uint32) >> 16).astype("<u2").view(np.uint8)
-
-
-def reference(number: int) -> BlockRef:
-    return BlockRef(b"n" * 32, number.to_bytes(32, "big"))
-
-
-def item(slot: int, number: int, raw: NDArray[np.uint8]) -> TierItem:
-    place = SlabRange(1, slot * BLOCK_BYTES, BLOCK_BYTES)
-    return TierItem(reference(number), place, block_checksum(raw), b"", number, "bfloat16")
-
-
-def write_for_ever(folder: Path, first: int) -> None:
-    memory = ArrayMemory(BATCH * BLOCK_BYTES)
-    tier = LmdbTier(folder, CAPACITY_BYTES, memory, FrameFormat())
-    say(f"ready {tier.set_aside}")
+def write_for_ever(folder: Path, first: int, durability: str, acknowledge: Callable[[str], None]) -> None:
+    """Numbers that are stored are acknowledged once per batch; the first word is that the store is open."""
+    rig = ColdRig(folder, quick(durability=durability, sync_interval_s=0.01), block_bytes=BLOCK_BYTES)
+    acknowledge("ready")
     for start in range(first, first + 100_000, BATCH):
         numbers = range(start, start + BATCH)
-        items = []
-        for slot, number in enumerate(numbers):
-            raw = content(number)
-            memory.array[slot * BLOCK_BYTES :][:BLOCK_BYTES] = raw
-            items.append(item(slot, number, raw))
-        results = zip(numbers, tier.write(items), strict=True)
-        say(" ".join(str(number) for number, result in results if result.outcome is Outcome.OK))
-        # A ring: old blocks go, so that freed pages are being reused when the process dies.
-        tier.delete([reference(number - RING) for number in numbers if number >= RING])
+        rig.store(numbers)
+        acknowledge(" ".join(map(str, numbers)))
+        if start - RING >= 0:
+            rig.tier.delete([ref(number - RING) for number in numbers])
+        if is_replaced(start):
+            rig.write(range(start, start + 3), version=1)  # replaced, so that no longer what was acknowledged
 
 
-def say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+def is_replaced(number: int) -> bool:
+    """Whether its batch is one of those of which some are written twice."""
+    return number // BATCH % 7 == 0
 
 
-def written_until_killed(folder: Path, first: int, delay_s: float) -> list[int]:
-    """Numbers that were acknowledged on a whole line before SIGKILL."""
-    command = [sys.executable, __file__, str(folder), str(first)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        assert process.stdout.readline() == "ready None\n"
-        text = process.stdout.readline()
+def verify(folder: Path, expected: set[int], stop: int) -> None:
+    """What is expected is served exactly, and so is whatever else the tier claims to hold, in one version or other."""
+    with ColdRig(folder, quick(), block_bytes=BLOCK_BYTES) as rig:
+        assert rig.tier.set_aside is None
+        records = {record.ref: record for record in rig.tier.scan()}
+        for number in expected:
+            assert ref(number) in records, f"block {number} was acknowledged and is gone"
+        held = [number for number in range(stop) if ref(number) in records]
+        assert len(held) == rig.tier.stats()["blocks"] == len(records)
+        for number in held:
+            outcomes = {rig.read([number], version=version)[0] for version in range(2)}
+            assert outcomes == {Outcome.OK, Outcome.MISSING} or is_replaced(number), f"block {number} is {outcomes}"
+        rig.tier.delete([ref(number) for number in held[:-RING]])  # or the rounds would fill it
+
+
+def forked(work: Callable[[], None]) -> int:
+    """A child's process id."""
+    child = os.fork()
+    if child == 0:
+        status = FAILED
+        try:
+            work()
+            status = 0
+        except AssertionError:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return child
+
+
+def killed_writer(folder: Path, first: int, durability: str, delay_s: float) -> list[int]:
+    """What it acknowledged on whole lines."""
+    receive, send = os.pipe()
+
+    def work() -> None:
+        write_for_ever(folder, first, durability, lambda line: _say(send, line))
+
+    child = forked(work)
+    os.close(send)
+    with os.fdopen(receive, "rb") as lines:
+        ready = lines.readline()
         time.sleep(delay_s)
-    finally:
-        process.kill()
-        rest = process.communicate(timeout=30)[0]
-    text += rest[: rest.rfind("\n") + 1]
-    return [int(number) for number in text.split()]
+        os.kill(child, signal.SIGKILL)
+        text = lines.read().decode()
+    assert ready == b"ready\n", "it did not even open the store"
+    os.waitpid(child, 0)
+    return [int(number) for number in text[: text.rfind("\n") + 1].split()]
 
 
-def verify(folder: Path, expected: set[int]) -> None:
-    """What is expected is served exactly, and so is whatever else the tier claims to hold."""
-    memory = ArrayMemory(BLOCK_BYTES)
-    tier = LmdbTier(folder, CAPACITY_BYTES, memory, FrameFormat())
-    try:
-        assert tier.set_aside is None
-        held = {int.from_bytes(record.ref.key, "big") for record in tier.scan()}
-        assert expected <= held
-        assert len(held) == tier.stats()["blocks"]
-        for number in sorted(held):
-            raw = content(number)
-            assert tier.read([item(0, number, raw)]) == [Outcome.OK], f"block {number}"
-            assert np.array_equal(memory.array, raw), f"block {number}"
-    finally:
-        tier.close()
+def _say(fd: int, line: str) -> None:
+    os.write(fd, line.encode() + b"\n")
 
 
-def test_every_acknowledged_block_survives_kill_9(tmp_path: Path) -> None:
-    seed = random.SystemRandom().randrange(1 << 32)
-    say(f"seed {seed}")
+def main(folder: Path, seed: int, durability: str) -> int:
     rng = random.Random(seed)
-    first = 0
+    first = rounds = acknowledged = 0
     for _ in range(ROUNDS):
-        acknowledged = written_until_killed(tmp_path / "cold", first, rng.uniform(0, 0.25))
-        assert acknowledged, "killed before its first block"
-        last = max(acknowledged)
-        verify(tmp_path / "cold", {number for number in acknowledged if number > last - RING + BATCH})
+        numbers = killed_writer(folder, first, durability, rng.uniform(0, WRITES_S))
+        last = max(numbers, default=first - 1)
+        # Replaced ones may have either content or, between two commits, none; deleted ones are gone.
+        expected = {n for n in numbers if n > last - RING + BATCH and not is_replaced(n)}
+        child = forked(partial(verify, folder, expected, last + 3 * BATCH))
+        if os.waitpid(child, 0)[1]:
+            return WRONG
+        rounds += 1
+        acknowledged += len(numbers)
         first = last + 1 + BATCH  # the batch behind the last may have been committed without a word
+        first += -first % BATCH
+    sys.stdout.write(json.dumps([rounds, acknowledged]))
+    return 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("durability", ["interval", "commit"])
+def test_every_acknowledged_block_survives_sigkill(tmp_path: Path, durability: str) -> None:
+    command = [sys.executable, __file__, str(tmp_path / "cold"), str(fresh_seed()), durability]
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    rounds, acknowledged = json.loads(done.stdout)
+    assert rounds == ROUNDS
+    assert acknowledged > ROUNDS
 
 
 if __name__ == "__main__":
-    write_for_ever(Path(sys.argv[1]), int(sys.argv[2]))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))

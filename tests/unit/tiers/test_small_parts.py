@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
-from kvstore.tiers.base import BlockRef, Outcome, SlabMemory, SlabRange, StoredRecord, Tier, TierItem
+from kvstore.tiers.base import BlockRef, Outcome, SlabMemory, SlabRange, StoredRecord, Tier
 from kvstore.tiers.cold_records import (
     PAGE_BYTES,
     RECORD_BYTES,
@@ -15,6 +16,7 @@ from kvstore.tiers.cold_records import (
     entry_key,
     footprint_bytes,
     pack_record,
+    payload_bytes,
     unpack_record,
 )
 from kvstore.tiers.conformance import Rig
@@ -82,22 +84,28 @@ def test_tally_counts_from_many_threads_and_knows_its_names() -> None:
         tally.add("c")
 
 
-def record_item(parent: bytes) -> TierItem:
-    return TierItem(BlockRef(b"n" * 32, b"k" * 32), SlabRange(1, 0, 2 << 20), b"c" * 16, parent, epoch=2**63)
+def record(parent: bytes, *, lossy: bool = False) -> StoredRecord:
+    ref = BlockRef(b"n" * 32, b"k" * 32)
+    return StoredRecord(ref, parent, b"c" * 16, 2 << 20, 12345, 2**63, 65_535, 2**32 - 1, 2**40, lossy)
 
 
+@pytest.mark.parametrize("lossy", [False, True])
 @pytest.mark.parametrize("parent", [b"", bytes(32), b"p" * 32])
-def test_record_round_trip(parent: bytes) -> None:
-    item = record_item(parent)
-    entry = entry_key(item.ref)
-    data = pack_record(entry, item, 12345)
+def test_record_round_trip(parent: bytes, lossy: bool) -> None:
+    whole = record(parent, lossy=lossy)
+    data = pack_record(whole, page=2**40)
     assert len(data) == RECORD_BYTES
-    assert unpack_record(entry, data) == StoredRecord(item.ref, parent, item.checksum, 2 << 20, 12345, 2**63)
+    assert unpack_record(entry_key(whole.ref), data) == (whole, 2**40)
+
+
+def test_more_uses_than_a_record_can_count_are_as_many_as_it_can() -> None:
+    often = replace(record(b""), hits=2**40)
+    assert unpack_record(entry_key(often.ref), pack_record(often)).record.hits == 2**32 - 1
 
 
 def test_every_flipped_bit_of_a_record_and_of_its_key_is_noticed() -> None:
-    entry = entry_key(record_item(b"").ref)
-    whole = bytearray(entry + pack_record(entry, record_item(b""), 1))
+    entry = entry_key(record(b"").ref)
+    whole = bytearray(entry + pack_record(record(b"")))
     for bit in range(8 * len(whole)):
         whole[bit // 8] ^= 1 << bit % 8
         with pytest.raises(ValueError):
@@ -116,6 +124,13 @@ def test_totals() -> None:
     assert Totals.unpack(None) == Totals(0, 0, 0)
     with pytest.raises(ValueError, match="totals of 3 bytes"):
         Totals.unpack(b"abc")
+
+
+def test_the_pages_of_a_payload_follow_from_its_footprint() -> None:
+    for nbytes in (1, 1966):
+        assert payload_bytes(footprint_bytes(nbytes)) == 0, "in a leaf page"
+    for nbytes in (1967, 4080, 4081, 100_000):
+        assert payload_bytes(footprint_bytes(nbytes)) == -(-(nbytes + 16) // PAGE_BYTES) * PAGE_BYTES
 
 
 def test_footprint_is_in_pages_and_never_too_small() -> None:

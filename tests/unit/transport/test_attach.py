@@ -25,10 +25,11 @@ from kvstore.protocol.errors import (
 )
 from kvstore.protocol.frames import MAX_PAYLOAD_BYTES, Method
 from kvstore.transport import watcher
+from kvstore.transport.attach import peer_of
 from kvstore.transport.config import TransportConfig
 from kvstore.transport.sockets import PathTaken
 from kvstore.v1 import kvstore_pb2 as pb
-from transport_double import Setup, error_of, eventually, packed
+from transport_double import BOUND_S, Setup, error_of, eventually, packed
 
 Make: TypeAlias = Callable[..., Setup]
 
@@ -344,3 +345,24 @@ def test_a_path_that_no_socket_can_have_is_refused_by_name(tmp_path: Path) -> No
     config = TransportConfig(tmp_path / ("x" * 110), "i", "v")
     with pytest.raises(InvalidRequest, match=r"--socket"):
         config.validate()
+
+
+def test_the_kernel_says_which_groups_a_peer_is_in(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(tmp_path / "s"))
+        door.listen()
+        program = "import os, socket, sys\n" + (
+            "os.setgroups([4711, 4712]) if os.geteuid() == 0 else None\n"
+            "s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(*os.getgroups()); sys.stdin.read()"
+        )
+        command = [sys.executable, "-c", program, str(tmp_path / "s")]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            door.settimeout(BOUND_S)
+            peer, _ = door.accept()
+            assert process.stdout is not None
+            with peer:
+                found = peer_of(peer)
+                said = process.stdout.readline().split()
+            process.communicate(timeout=BOUND_S)
+    assert (found.pid, found.uid, found.gid) == (process.pid, os.getuid(), os.getgid())
+    assert sorted(found.groups) == sorted(map(int, said))

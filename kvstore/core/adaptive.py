@@ -1,0 +1,190 @@
+"""The order that chooses its order: leaf-first LRU, with blocks that were used again counted as younger.
+
+Blocks used once and blocks used again stand in two lists, each by last use. The victim is the older of the two
+oldest leaves, where one that was used again counts as B references younger:
+
+    B = 0           leaf-first LRU
+    B = 2 x capacity
+    B = infinite    what was used again leaves only where nothing else may
+
+Three small shadow caches (core.shadows) tell which B would have hit most of late. To switch changes one number:
+nothing moves. A block that comes back soon after it left (core.ghosts) counts as used again. A new block that would
+be the next to leave is refused: it only becomes a ghost. No fixed B is right: docs/adr/0011 has the figures.
+
+The lists are heaps of leaves with lazy entries, as in core.leaf_lru, and for the same reason: a use of a prefix is a
+use of its last block, whatever its length. Capacity is not told but seen: the most blocks that were held of late.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from itertools import count
+
+from kvstore.core.block import Block, Namespace
+from kvstore.core.ghosts import Ghosts
+from kvstore.core.leaf_lru import is_leaf
+from kvstore.core.shadows import FOREVER, GHOSTS, Candidate, Shadows, name_of
+
+CANDIDATES = (Candidate(0), Candidate(2), Candidate(FOREVER), Candidate(FOREVER, closed=True))
+
+_SLACK_ENTRIES = 256
+
+
+class Adaptive:
+    """Adaptive order over the blocks that have a copy in `tier` (HOT, WARM or COLD)."""
+
+    def __init__(self, tier: int, candidates: Sequence[Candidate] = CANDIDATES) -> None:
+        self._tier = tier
+        self._candidates = candidates
+        self._entry = count()
+        self._once: list[tuple[int, int, Block]] = []
+        self._again: list[tuple[int, int, Block]] = []
+        self._ghosts = Ghosts()
+        self._shadows = Shadows(candidates)
+        self._live = 0
+        self._full = False  # whether room was ever asked for
+        self._capacity = 0
+        self._peak = 0  # most blocks held since the window began
+        self._window = 0  # inserts that are left of it
+        self._now = 0
+        self._last: Block | None = None  # the last victim: what leaves otherwise was deleted and is no ghost
+
+    @property
+    def candidate(self) -> Candidate:
+        """The order that is followed now."""
+        return self._candidates[self._shadows.best]
+
+    # -- what happens to blocks -------------------------------------------------------------------------------
+
+    def insert(self, block: Block) -> None:
+        """Add a block with the stamp it has; one that is back soon after it left counts as used again."""
+        self._live += 1
+        self._now = max(self._now, block.touched)
+        if self._full and self._ghosts.take(_name(block)):
+            block.reused = True
+        self._measure()
+        self.offer(block)
+
+    def touch(self, block: Block) -> None:
+        """Note the block's new stamp: its entry moves when it comes up."""
+        self._now = max(self._now, block.touched)
+        self.offer(block)
+
+    def offer(self, block: Block) -> None:
+        """Give `block` an entry again."""
+        if block.copies & self._tier and not block.queued & self._tier:
+            block.queued |= self._tier
+            self._push(block)
+            if len(self._once) + len(self._again) > 2 * self._live + _SLACK_ENTRIES:
+                self._compact()
+
+    def remove(self, block: Block) -> None:
+        """Pass on to the parent, which may be a leaf now, what the block's uses have told."""
+        self._live -= 1
+        if block is self._last:
+            self._last = None
+            self._ghosts.add(_name(block))
+        parent = block.parent
+        if parent is not None:
+            parent.touched = max(parent.touched, block.touched)
+            parent.reused = parent.reused or block.reused
+            self.offer(parent)
+        if len(self._once) + len(self._again) > 2 * self._live + _SLACK_ENTRIES:
+            self._compact()
+
+    # -- who leaves, and who may come -------------------------------------------------------------------------
+
+    def victim(self, allowed: Callable[[Block], bool]) -> Block | None:
+        """The older of the two oldest leaves that may leave."""
+        if not self._full:
+            self._full = True
+            self._resize(self._peak)
+        bias = self._bias()
+        once = self._oldest(self._once, allowed)
+        again = self._oldest(self._again, allowed) if once is None or bias < FOREVER else None
+        if once is None or (again is not None and again.touched + bias < once.touched):
+            once = again
+        self._last = once
+        return once
+
+    def refer(self, namespace: Namespace, keys: bytes) -> None:
+        """Packed keys were asked for or are about to be stored: the shadows see them."""
+        self._shadows.refer(namespace.salt, keys)
+
+    def admits(self, namespace: Namespace, key: bytes, victim: Block) -> bool:
+        """Whether a new block would leave after `victim`."""
+        if not victim.touched:
+            return True
+        if not self.candidate.closed and (not victim.reused or victim.touched + self._bias() <= self._now):
+            return True
+        return name_of(key, namespace.salt) in self._ghosts
+
+    def refuse(self, namespace: Namespace, keys: Sequence[bytes]) -> None:
+        """They are ghosts now; from the last to the first, so that a child is forgotten before its parent."""
+        salt = namespace.salt
+        for key in reversed(keys):
+            self._ghosts.add(name_of(key, salt))
+
+    # -- internals --------------------------------------------------------------------------------------------
+
+    def _bias(self) -> int:
+        return min(FOREVER, self.candidate.factor * self._capacity)
+
+    def _push(self, block: Block) -> None:
+        # An orphan (stamp 0) leaves first, whatever its past.
+        heap = self._again if block.reused and block.touched else self._once
+        heapq.heappush(heap, (block.touched, next(self._entry), block))
+
+    def _oldest(self, heap: list[tuple[int, int, Block]], allowed: Callable[[Block], bool]) -> Block | None:
+        """The first leaf of a heap that may leave; entries that are out of date are put right on the way."""
+        tier, again = self._tier, heap is self._again
+        while heap:
+            stamp, _, block = heap[0]
+            if not block.copies & tier:
+                heapq.heappop(heap)
+                block.queued &= ~tier
+            elif again != bool(block.reused and block.touched):
+                heapq.heappop(heap)
+                self._push(block)
+            elif block.touched > stamp:
+                heapq.heapreplace(heap, (block.touched, next(self._entry), block))
+            elif is_leaf(block, tier) and allowed(block):
+                return block
+            else:
+                heapq.heappop(heap)
+                block.queued &= ~tier
+        return None
+
+    def _measure(self) -> None:
+        """Follow the capacity: the most blocks held in the last so many inserts."""
+        if self._live > self._peak:
+            self._peak = self._live
+        self._window -= 1
+        if not self._full:
+            if self._window < 0:
+                self._window = self._live
+                self._shadows.growing(self._live)
+        elif self._window < 0 or self._peak > self._capacity:
+            self._resize(self._peak)
+
+    def _resize(self, blocks: int) -> None:
+        self._capacity = max(1, blocks)
+        self._window = self._capacity
+        self._peak = self._live
+        self._ghosts.resize(GHOSTS * self._capacity)
+        self._shadows.resize(self._capacity)
+
+    def _compact(self) -> None:
+        """Drop entries of blocks that were deleted or cleared: without pressure they would pile up."""
+        blocks = {id(block): block for heap in (self._once, self._again) for _, _, block in heap}
+        self._once, self._again = [], []
+        for block in blocks.values():
+            if block.copies & self._tier:
+                self._push(block)
+            else:
+                block.queued &= ~self._tier
+
+
+def _name(block: Block) -> int:
+    return name_of(block.key, block.namespace.salt)

@@ -1,0 +1,199 @@
+"""Small caches beside the real one, which tell how each order would have done.
+
+A shadow holds names only: a sample of the keys, chosen by the key itself, so that it sees every use of a sampled block
+and nothing of the others. It is flat: it knows no parents. Sampling by prefix tree fails where one root is most of a
+trace; a sample of keys orders the candidates rightly once a shadow has room for a few hundred of them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+KEY_BYTES = 32
+GHOSTS = 4  # ghosts for each block of capacity: 1, 2, 8 and 16 did worse on one of two traces
+SHADOW_BLOCKS = 256
+FOREVER = 1 << 62
+
+_LEVELS = 256  # a key is sampled where its first byte is below the level
+_LEVEL_MIN = 3  # 1.2 %
+_HALF_LIFE = 4  # of what was counted, in capacities
+_DOUBT = 1.5  # standard deviations by which another order must lead
+_HALVINGS_MAX = 64.0  # in one call: a prefix may be thousands of times longer than a tiny cache
+_RESCALE = 1e100
+
+
+class Candidate(NamedTuple):
+    """An order to try.
+
+    Attributes:
+        factor: capacities by which a block that was used again counts as younger.
+        closed: whether a full cache takes only what it has seen leave.
+    """
+
+    factor: int
+    closed: bool = False
+
+
+class Shadow:
+    """A flat cache of names in the order of core.adaptive: blocks used once, and blocks used again."""
+
+    __slots__ = ("_again", "_bias", "_capacity", "_closed", "_factor", "_ghosts", "_now", "_once")
+
+    def __init__(self, candidate: Candidate) -> None:
+        self._factor, self._closed = candidate
+        self._once: OrderedDict[int, int] = OrderedDict()  # name: time of its last use, oldest first
+        self._again: OrderedDict[int, int] = OrderedDict()
+        self._ghosts: OrderedDict[int, None] = OrderedDict()
+        self._now = 0
+        self.resize(FOREVER)
+
+    def __len__(self) -> int:
+        return len(self._once) + len(self._again)
+
+    def resize(self, capacity: int) -> None:
+        """Hold so many names; FOREVER: all, as long as the real cache is not full."""
+        self._capacity = capacity
+        self._bias = min(FOREVER, self._factor * capacity)
+        while len(self._ghosts) > GHOSTS * capacity:
+            self._ghosts.popitem(last=False)
+
+    def keep(self, level: int) -> None:
+        """Drop what a coarser sample does not contain."""
+        for name in [name for name in self._once if name & 0xFF >= level]:
+            del self._once[name]
+        for name in [name for name in self._again if name & 0xFF >= level]:
+            del self._again[name]
+        for name in [name for name in self._ghosts if name & 0xFF >= level]:
+            del self._ghosts[name]
+
+    def use(self, name: int) -> bool:
+        """A use of the block; returns whether it is a hit."""
+        self._now = now = self._now + 1
+        again = self._again
+        if name in again:
+            again[name] = now
+            again.move_to_end(name)
+            return True
+        once, ghosts = self._once, self._ghosts
+        if name in once:
+            del once[name]
+            again[name] = now
+            return True
+        known = name in ghosts
+        if known:
+            del ghosts[name]
+        if len(once) + len(again) < self._capacity or self._make_room(known):
+            (again if known else once)[name] = now
+        else:
+            self._note(name)
+        return False
+
+    def _make_room(self, known: bool) -> bool:
+        """False where a new name would be the next to leave itself."""
+        once, again = self._once, self._again
+        while len(once) + len(again) >= self._capacity:
+            oldest = next(iter(again.values())) + self._bias if again else FOREVER
+            if self._closed and not known and len(self) == self._capacity:
+                return False
+            if once and next(iter(once.values())) <= oldest:
+                self._note(once.popitem(last=False)[0])
+            elif known or oldest <= self._now:
+                self._note(again.popitem(last=False)[0])
+            else:
+                return False
+        return True
+
+    def _note(self, name: int) -> None:
+        """It left, or was not let in."""
+        self._ghosts[name] = None
+        if len(self._ghosts) > GHOSTS * self._capacity:
+            self._ghosts.popitem(last=False)
+
+
+class Shadows:
+    """One shadow for each candidate order; `best` is the number of the one to follow.
+
+    Counted is only what tells two candidates apart: the uses that one of them hit and the other missed. Another order
+    is followed once it leads by more of those than chance would give it (a sign test, with older uses counting less).
+    """
+
+    def __init__(self, candidates: Sequence[Candidate]) -> None:
+        self._shadows = [Shadow(candidate) for candidate in candidates]
+        self.best = 0
+        self._level = _LEVELS
+        self._sampled = re.compile(b"[\\x00-\\xff]", re.DOTALL)
+        self._half_life = 1.0
+        self._weight = 1.0  # of a use now; it grows where older ones should shrink
+        # _wins[a][b]: uses that a hit and b missed
+        self._wins = [[0.0] * len(candidates) for _ in candidates]
+
+    def __len__(self) -> int:
+        """Names that are held."""
+        return sum(map(len, self._shadows))
+
+    def growing(self, blocks: int) -> None:
+        """The cache holds `blocks` blocks and is not full."""
+        self._sample(blocks)
+
+    def resize(self, blocks: int) -> None:
+        """The cache is full with `blocks` blocks."""
+        self._sample(blocks)
+        self._half_life = float(_HALF_LIFE * blocks)
+        for shadow in self._shadows:
+            shadow.resize(max(1, blocks * self._level // _LEVELS))
+
+    def refer(self, salt: int, keys: bytes) -> None:
+        """Packed keys of one prefix were asked for; from the last to the first, as the real order has them."""
+        found = [match.start() for match in self._sampled.finditer(keys[::KEY_BYTES])]
+        if self._half_life > 1.0:
+            self._weight *= 2.0 ** min(_HALVINGS_MAX, len(keys) / KEY_BYTES / self._half_life)
+            if self._weight > _RESCALE:
+                self._wins = [[count / self._weight for count in row] for row in self._wins]
+                self._weight = 1.0
+        told = False
+        for i in reversed(found):
+            name = name_of(keys[i * KEY_BYTES : i * KEY_BYTES + 8], salt)
+            hits = [shadow.use(name) for shadow in self._shadows]
+            if True in hits and False in hits:
+                told = True
+                self._count(hits)
+        if told:
+            self._choose()
+
+    def _count(self, hits: Sequence[bool]) -> None:
+        for wins, hit in zip(self._wins, hits, strict=True):
+            if hit:
+                for other, also in enumerate(hits):
+                    if not also:
+                        wins[other] += self._weight
+
+    def _choose(self) -> None:
+        wins, best, most = self._wins, self.best, 0.0
+        for other in range(len(wins)):
+            for_it, against = wins[other][best] / self._weight, wins[best][other] / self._weight
+            lead = for_it - against
+            if lead > most and lead > _DOUBT * math.sqrt(for_it + against):
+                self.best, most = other, lead
+
+    def _sample(self, blocks: int) -> None:
+        """Sample the larger of 1 % and enough for SHADOW_BLOCKS blocks of a shadow."""
+        level = _LEVELS
+        while level > _LEVEL_MIN and blocks * level // 2 // _LEVELS >= SHADOW_BLOCKS:
+            level //= 2
+        level = max(level, _LEVEL_MIN)
+        if level == self._level:
+            return
+        if level < self._level:
+            for shadow in self._shadows:
+                shadow.keep(level)
+        self._level = level
+        self._sampled = re.compile(b"[\\x00-\\x%02x]" % (level - 1), re.DOTALL)
+
+
+def name_of(key: bytes, salt: int) -> int:
+    """64 bits of a key, other ones in every namespace (its salt); the lowest eight are those that choose the sample."""
+    return int.from_bytes(key[:8], "little") ^ salt
