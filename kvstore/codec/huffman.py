@@ -20,6 +20,7 @@ I64 = NDArray[np.int64]
 Numbers = MutableSequence[int] | I64
 
 MAX_BITS: Final = 11  # of a code, by the zstd format
+STORED, REPEATED, COMPRESSED = 0, 1, 2  # kinds of blocks, by the zstd format
 MAX_SYMBOL: Final = 128  # that a table of weights can name without an entropy coder of its own
 
 
@@ -34,7 +35,8 @@ class Work(NamedTuple):
     words: U64
 
 
-BlockWriter = Callable[[U8, int, U8, Work], int]
+ContentWriter = Callable[[U8, int, U8, Work], int]
+BlocksWriter = Callable[[U8, int, int, U8, Work], int]
 
 
 def make_work(symbols_max: int) -> Work:
@@ -212,22 +214,29 @@ class Parts(NamedTuple):
     table: Callable[[I64, int, U32, U8], int]
     pairs: Callable[[U32, int, U32], None]
     stream: Callable[[U8, U32, U64], int]
+    put: Callable[[U8, int, int], None]
 
 
-def block_writer(parts: Parts) -> BlockWriter:
-    """The writer of one zstd block, to be compiled."""
-    histogram, rank, lengths_of, limit, table, pairs_of, stream = parts
+def put_number(out: U8, number: int, nbytes: int) -> None:
+    """A little-endian number at the start of `out`."""
+    for index in range(nbytes):
+        out[index] = (number >> (8 * index)) & 255
 
-    def write_block(symbols: U8, top: int, out: U8, work: Work) -> int:
+
+def content_writer(parts: Parts) -> ContentWriter:
+    """The writer of a compressed block's content, to be compiled."""
+    histogram, rank, lengths_of, limit, table, pairs_of, stream, put = parts
+
+    def write_content(symbols: U8, top: int, out: U8, work: Work) -> int:
         """The content of one compressed block of a multiple of 8 symbols up to `top`; answers its bytes.
 
-        0 where it would not be shorter than the symbols, or all of them are the same.
+        0 where it would not be shorter than the symbols, 1 where all of them are the same.
         """
         counts, order, lengths, codes, pairs, words = work
         histogram(symbols, top, counts, pairs)
         number = rank(counts, top, order, lengths)
         if number == 1:
-            return 0
+            return 1
         lengths_of(lengths, number)
         limit(lengths, number)
         bits = 0
@@ -245,13 +254,45 @@ def block_writer(parts: Parts) -> BlockWriter:
             out[at : at + nbytes] = words.view(np.uint8)[:nbytes]
             at += nbytes
             if quarter < 3:
-                out[jump + 2 * quarter], out[jump + 2 * quarter + 1] = nbytes & 255, nbytes >> 8
+                put(out[jump + 2 * quarter :], nbytes, 2)
         for symbol in range(top + 1):
             pairs[symbol << 8 : (symbol << 8) + top + 1] = 0
         head = 2 | 3 << 2 | symbols.size << 4 | (at - 5) << 22  # compressed literals, four streams, sizes of 18 bits
-        for index in range(5):
-            out[index] = (head >> (8 * index)) & 255
+        put(out, head, 5)
         out[at] = 0  # no sequences
         return at + 1
 
-    return write_block
+    return write_content
+
+
+def blocks_writer(content: ContentWriter, put: Callable[[U8, int, int], None]) -> BlocksWriter:
+    """The writer of all blocks of a zstd frame, to be compiled, over a compiled content writer."""
+
+    def write_blocks(symbols: U8, top: int, step: int, out: U8, work: Work) -> int:
+        """Blocks of `step` symbols, a multiple of 8, each with a table of its own; answers their bytes.
+
+        The last symbols, which do not fill four streams evenly, are stored. `out` has room for 64 bytes more than there
+        are symbols.
+        """
+        at, coded = 0, symbols.size - symbols.size % 8
+        for start in range(0, coded, step):
+            end = min(start + step, coded)
+            last = 1 if end == symbols.size else 0
+            kind, nbytes = COMPRESSED, content(symbols[start:end], top, out[at + 3 :], work)
+            size = nbytes
+            if nbytes == 1:
+                kind, size = REPEATED, end - start
+                out[at + 3] = symbols[start]
+            elif nbytes == 0:
+                kind, nbytes, size = STORED, end - start, end - start
+                out[at + 3 : at + 3 + nbytes] = symbols[start:end]
+            put(out[at:], last | kind << 1 | size << 3, 3)
+            at += 3 + nbytes
+        left = symbols.size - coded
+        if left:
+            put(out[at:], 1 | STORED << 1 | left << 3, 3)
+            out[at + 3 : at + 3 + left] = symbols[coded:]
+            at += 3 + left
+        return at
+
+    return write_blocks

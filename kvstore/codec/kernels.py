@@ -31,8 +31,8 @@ class Kernels(Protocol):
     def pack(self, left: U16, form: Form, symbols: U8, rest: U8) -> None:
         """Cut what is left into symbols and the bits below, using it up; `form` is (base, shift)."""
 
-    def block(self, symbols: U8, top: int, out: U8) -> int:
-        """A zstd block's content in `out`; its bytes, or 0 where it does not pay."""
+    def blocks(self, symbols: U8, top: int, step: int, out: U8) -> int:
+        """All blocks of a zstd frame, of `step` symbols each (a multiple of 8); answers their bytes."""
 
     def join(self, symbols: U8, rest: U8, rows: Rows, form: Form, out: U16) -> None:
         """Undo pack."""
@@ -46,7 +46,7 @@ class NumpyKernels:
     survey = staticmethod(vectors.survey)
     split = staticmethod(vectors.split_values)
     pack = staticmethod(vectors.pack_values)
-    block = staticmethod(vectors.write_block)
+    blocks = staticmethod(vectors.write_blocks)
     join = staticmethod(vectors.join_values)
 
 
@@ -76,9 +76,9 @@ class NumbaKernels:
         """Not before a block is written: threads that only read can do without."""
         return make_work(TILE_VALUES)
 
-    def block(self, symbols: U8, top: int, out: U8) -> int:
+    def blocks(self, symbols: U8, top: int, step: int, out: U8) -> int:
         """See Kernels."""
-        return self._loops.block(symbols, top, out, self._work)
+        return self._loops.blocks(symbols, top, step, out, self._work)
 
     def join(self, symbols: U8, rest: U8, rows: Rows, form: Form, out: U16) -> None:
         """See Kernels."""

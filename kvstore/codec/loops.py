@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.codec import huffman
-from kvstore.codec.huffman import U8, BlockWriter
+from kvstore.codec.huffman import U8, BlocksWriter
 
 U16 = NDArray[np.uint16]
 Form = tuple[int, int]  # base, shift
@@ -41,7 +41,7 @@ class Loops(NamedTuple):
     pack: dict[int, Callable[[U16, int, U8, U8], None]]
     split: Callable[[U16, Rows, int, U16], tuple[int, int]]
     join: Callable[[U8, U8, Rows, Form, U16], None]
-    block: BlockWriter
+    blocks: BlocksWriter
 
 
 def compile_loops() -> Loops:
@@ -61,13 +61,14 @@ def compile_loops() -> Loops:
         jit(huffman.write_table),
         jit(huffman.pair_codes),
         jit(huffman.write_stream),
+        jit(huffman.put_number),
     )
     return Loops(
         {shift: jit(surveyor(shift)) for shift in SHIFTS},
         {shift: jit(packer(shift)) for shift in SHIFTS},
         jit(split_values),
         jit(join_values),
-        jit(huffman.block_writer(parts)),
+        jit(huffman.blocks_writer(jit(huffman.content_writer(parts)), parts.put)),
     )
 
 

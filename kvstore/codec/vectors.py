@@ -12,12 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.codec.huffman import (
+    COMPRESSED,
     MAX_BITS,
+    REPEATED,
+    STORED,
     U8,
     U32,
     U64,
     code_lengths,
     limit_lengths,
+    put_number,
 )
 from kvstore.codec.loops import BIASED, MANTISSA_BITS, SPREAD, U16, Form, Rows
 
@@ -108,12 +112,35 @@ def _rows(values: U16, rows: Rows) -> Iterator[tuple[U16, U16]]:
         yield left[whole * inner :], offsets[groups, : left.size % inner]
 
 
-def write_block(symbols: U8, top: int, out: U8) -> int:
-    """See huffman.block_writer."""
+def write_blocks(symbols: U8, top: int, step: int, out: U8) -> int:
+    """See huffman.blocks_writer."""
+    at, coded = 0, symbols.size - symbols.size % 8
+    for start in range(0, coded, step):
+        part = symbols[start : min(start + step, coded)]
+        kind, nbytes = COMPRESSED, _write_content(part, top, out[at + 3 :])
+        size = nbytes
+        if nbytes == 1:
+            kind, size = REPEATED, part.size
+            out[at + 3] = part[0]
+        elif nbytes == 0:
+            kind, nbytes, size = STORED, part.size, part.size
+            out[at + 3 : at + 3 + nbytes] = part
+        put_number(out[at:], int(start + part.size == symbols.size) | kind << 1 | size << 3, 3)
+        at += 3 + nbytes
+    left = symbols.size - coded
+    if left:
+        put_number(out[at:], 1 | STORED << 1 | left << 3, 3)
+        out[at + 3 : at + 3 + left] = symbols[coded:]
+        at += 3 + left
+    return at
+
+
+def _write_content(symbols: U8, top: int, out: U8) -> int:
+    """See huffman.content_writer."""
     counts = np.bincount(symbols, minlength=top + 1)
     present = np.flatnonzero(counts)
     if present.size == 1:
-        return 0
+        return 1
     order = present[np.argsort(counts[present], kind="stable")]
     depths = counts[order].tolist()
     code_lengths(depths, len(depths))
@@ -130,9 +157,8 @@ def write_block(symbols: U8, top: int, out: U8) -> int:
         out[at : at + stream.size] = stream
         at += stream.size
         if quarter < 3:
-            out[jump + 2 * quarter : jump + 2 * quarter + 2] = stream.size & 255, stream.size >> 8
-    head = 2 | 3 << 2 | symbols.size << 4 | (at - 5) << 22
-    out[:5] = np.frombuffer(head.to_bytes(5, "little"), dtype=np.uint8)
+            put_number(out[jump + 2 * quarter :], stream.size, 2)
+    put_number(out, 2 | 3 << 2 | symbols.size << 4 | (at - 5) << 22, 5)
     out[at] = 0
     return at + 1
 

@@ -15,8 +15,7 @@ from kvstore.codec.huffman import MAX_SYMBOL
 _MAGIC: Final = b"\x28\xb5\x2f\xfd\xa0"  # and: one segment, its size in four bytes, no checksum
 _MAX_WINDOW_BYTES: Final = 1 << 20  # nobody has written larger frames
 _FRAME_HEAD: Final = 9
-_BLOCK_HEAD: Final = 3
-_RAW, _REPEATED, _COMPRESSED = 0, 1, 2
+_LEAST_FRAME: Final = 256  # symbols
 _LEAST_BLOCK: Final = 8 << 10  # symbols; the last may be shorter
 _FEW_BITS: Final = 5  # below a fifth of a byte for each symbol, repeats are worth looking for
 
@@ -89,11 +88,11 @@ class ZstdContexts:
         return np.frombuffer(plain, dtype=np.uint8)
 
 
-class BlockWriter(Protocol):
+class BlocksWriter(Protocol):
     """The part of Kernels that this needs."""
 
-    def block(self, symbols: NDArray[np.uint8], top: int, out: NDArray[np.uint8]) -> int:
-        """A zstd block's content in `out`; its bytes, or 0 where it does not pay."""
+    def blocks(self, symbols: NDArray[np.uint8], top: int, step: int, out: NDArray[np.uint8]) -> int:
+        """All blocks of a zstd frame, of `step` symbols each (a multiple of 8); answers their bytes."""
 
 
 class FrameWriter:
@@ -103,7 +102,7 @@ class FrameWriter:
     repeat.
     """
 
-    def __init__(self, kernels: BlockWriter, zstd: ZstdContexts) -> None:
+    def __init__(self, kernels: BlocksWriter, zstd: ZstdContexts) -> None:
         self._kernels = kernels
         self._zstd = zstd
 
@@ -113,7 +112,11 @@ class FrameWriter:
         `out` has room for 64 bytes more than they are, `top` is the greatest of them, and `block` is how many share a
         table, about (at least _LEAST_BLOCK; there are at most 128 Ki).
         """
-        nbytes = self._write_blocks(symbols, top, block, out) if top <= MAX_SYMBOL and symbols.size >= 256 else 0
+        nbytes = 0
+        if top <= MAX_SYMBOL and symbols.size >= _LEAST_FRAME:
+            out[:_FRAME_HEAD] = np.frombuffer(_MAGIC + symbols.size.to_bytes(4, "little"), dtype=np.uint8)
+            step = max(-(-block // 8) * 8, _LEAST_BLOCK)
+            nbytes = _FRAME_HEAD + self._kernels.blocks(symbols, top, step, out[_FRAME_HEAD:])
         if nbytes > symbols.size // _FEW_BITS:
             return nbytes
         frame = np.frombuffer(self._zstd.huffman(symbols), dtype=np.uint8)
@@ -121,32 +124,3 @@ class FrameWriter:
             return nbytes
         out[: frame.size] = frame
         return frame.size
-
-    def _write_blocks(self, symbols: NDArray[np.uint8], top: int, block: int, out: NDArray[np.uint8]) -> int:
-        out[:_FRAME_HEAD] = np.frombuffer(_MAGIC + symbols.size.to_bytes(4, "little"), dtype=np.uint8)
-        at, coded = _FRAME_HEAD, symbols.size - symbols.size % 8
-        step = max(-(-block // 8) * 8, _LEAST_BLOCK)
-        for start in range(0, coded, step):
-            part = symbols[start : min(start + step, coded)]
-            last = start + part.size == symbols.size
-            at += self._write_block(part, top, last, out[at:])
-        if coded < symbols.size:  # the few that do not fill four streams evenly
-            at += _put_block(out[at:], _RAW, symbols[coded:], symbols.size - coded, last=True)
-        return at
-
-    def _write_block(self, symbols: NDArray[np.uint8], top: int, last: bool, out: NDArray[np.uint8]) -> int:
-        nbytes = self._kernels.block(symbols, top, out[_BLOCK_HEAD:])
-        if nbytes:
-            return _put_block(out, _COMPRESSED, out[_BLOCK_HEAD : _BLOCK_HEAD + nbytes], nbytes, last)
-        if (symbols == symbols[0]).all():
-            return _put_block(out, _REPEATED, symbols[:1], symbols.size, last)
-        return _put_block(out, _RAW, symbols, symbols.size, last)
-
-
-def _put_block(out: NDArray[np.uint8], kind: int, content: NDArray[np.uint8], size: int, last: bool) -> int:
-    """A block's head and content; answers its bytes."""
-    out[:_BLOCK_HEAD] = np.frombuffer((int(last) | kind << 1 | size << 3).to_bytes(3, "little"), dtype=np.uint8)
-    end = _BLOCK_HEAD + content.size
-    if kind != _COMPRESSED:  # which is there already
-        out[_BLOCK_HEAD:end] = content
-    return end

@@ -1,9 +1,9 @@
-"""Ratios and speed of the codecs on one core: `python -m ops.bench.codec [--data DIR] [--json]`.
+"""Ratios and speed of the codecs on one core: `python ops/bench/codec.py [--data DIR] [--json]`.
 
-Every speed is a ratio of two things measured in turn in this process: decoding to memcpy of the same blocks (beyond the
-caches), encoding to zstd of level 3 on the raw bytes, decoding to zipnn where that is installed (one thread each).
-Times are the thread's processor time, so that neighbours on a shared machine disturb less. Blocks are of about 2 MiB:
-those of the samples are put together as if they were further layers.
+Every speed is a ratio of two things measured in turn in this process: decoding to memcpy of the same blocks (beyond
+the caches), encoding to zstd of level 3 on the raw bytes, decoding to zipnn where that is installed (one thread each).
+Times are processor time, so that neighbours on a shared machine disturb less. Blocks are of about 2 MiB: those of the
+samples are put together as if they were further layers.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def against(theirs: Callable[[], None], ours: Callable[[], None], rounds: int) -
     theirs()
     ours()
     for _ in range(rounds):
-        started = time.thread_time()
+        started = time.process_time()
         theirs()
-        between = time.thread_time()
+        between = time.process_time()
         ours()
-        ratios.append((between - started) / (time.thread_time() - between))
+        ratios.append((between - started) / (time.process_time() - between))
     return round(statistics.median(ratios), 4)
 
 
