@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvstore.codec.huffman import U8
+from kvstore.codec.loops import U8
 
 
 class Arena:

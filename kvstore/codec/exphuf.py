@@ -24,14 +24,13 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from kvstore.codec.arena import Arena
-from kvstore.codec.base import Bytes, CodecError, Pieces
-from kvstore.codec.huffman import U8
+from kvstore.codec.base import Bytes, CodecError, Pieces, pieces_nbytes
 from kvstore.codec.kernels import TILE_VALUES, Kernels
-from kvstore.codec.loops import U16, Rows
+from kvstore.codec.loops import U8, U16, Rows
 from kvstore.codec.prediction import Prediction
 from kvstore.codec.shapes import Plan, Tensor, gather, plan_of, scatter
 from kvstore.codec.vectors import subtract
-from kvstore.codec.zstd import FrameWriter, ZstdContexts
+from kvstore.codec.zstd import ZstdContexts
 
 STORED: Final = 0
 SYMBOLS: Final = 1
@@ -41,7 +40,6 @@ _SHIFTS: Final = {"bfloat16": 7, "float16": 8}
 _HEAD: Final = struct.Struct("<II")
 _TILE: Final = struct.Struct("<IBBxx")
 _MAX_BYTE: Final = 255
-SLACK_BYTES: Final = 64  # that a zstd frame may be longer than its symbols
 
 
 class _Tile(NamedTuple):
@@ -66,7 +64,6 @@ class ExpHufCodec:
         self._kernels = kernels
         self._zstd = zstd
         self._arena = arena or Arena()
-        self._writer = FrameWriter(kernels, zstd)
         self._values = np.empty(0, dtype=np.uint16)
         self._symbols = np.empty(0, dtype=np.uint8)
         self._left = np.empty(0, dtype=np.uint16)
@@ -79,17 +76,18 @@ class ExpHufCodec:
         plan = plan_of(tensor, TILE_VALUES)
         self._reserve(max((values for _, values in plan.tiles), default=0))
         source = _values(raw)
-        payload = self._arena.take(raw.nbytes + SLACK_BYTES)
+        memory = self._arena.take(raw.nbytes)
         prediction = Prediction(plan, shift)
-        records, used = [], 0
+        records: list[bytes] = []
+        tiles: Pieces = []
         for start, values in plan.tiles:
             tile = self._gather(source, plan, start, values)
-            record = self._encode_tile(tile, prediction, start, payload[used:])
-            records.append(_TILE.pack(*record))
-            used += record[0]
+            pieces, base, mode = self._encode_tile(tile, prediction, start, memory[2 * start :])
+            records.append(_TILE.pack(pieces_nbytes(pieces), base, mode))
+            tiles += pieces
         codes = self._zstd.huffman(prediction.codes.reshape(-1)) if prediction.used else b""
         head = b"".join((_HEAD.pack(len(codes), len(records)), *records, codes))
-        return [head, payload[:used].data, raw[2 * source.size :].tobytes()]
+        return [head, *tiles, raw[2 * source.size :].tobytes()]
 
     def decode(self, payload: memoryview, tensor: Tensor, out: Bytes) -> None:
         """Merge symbols and the bits below straight into `out`, tile by tile.
@@ -115,26 +113,26 @@ class ExpHufCodec:
             position += tile.stored_bytes
         out[2 * target.size :] = np.frombuffer(payload[position:], dtype=np.uint8)
 
-    def _encode_tile(self, tile: U16, prediction: Prediction, start: int, out: U8) -> tuple[int, int, int]:
-        """Write one tile to `out`; its stored bytes, base and mode. `out` has room for the tile and the slack."""
+    def _encode_tile(self, tile: U16, prediction: Prediction, start: int, memory: U8) -> tuple[Pieces, int, int]:
+        """The pieces of one tile, its base and its mode. `memory` has room for the tile as it is."""
         shift = prediction.shift
         left, symbols = self._left[: tile.size], self._symbols[: tile.size]
         rows = prediction.survey(self._kernels, tile, start)
         low, high = self._kernels.split(tile, rows, shift, left)
-        top = 2 * (high - low) + 1
-        mode = SYMBOLS if top <= _MAX_BYTE else FIELDS
-        rest = out[: _rest_nbytes(tile.size, shift, mode)]
+        mode = SYMBOLS if 2 * (high - low) + 1 <= _MAX_BYTE else FIELDS
+        rest = memory[: _rest_nbytes(tile.size, shift, mode)]
         if mode == SYMBOLS:
             self._kernels.pack(left, (low, shift), symbols, rest)
         else:
-            low, top = 0, _MAX_BYTE
+            low = 0
             np.right_shift(left, shift, out=symbols, casting="unsafe")
             np.copyto(rest, (left & np.uint16(0x7F)) | (left >> np.uint16(8) & np.uint16(0x80)), casting="unsafe")
-        stored = rest.size + self._writer.write(symbols, top, prediction.stretch, out[rest.size :])
-        if stored < 2 * tile.size:
-            return stored, low, mode
-        out[: 2 * tile.size] = tile.view(np.uint8)
-        return 2 * tile.size, 0, STORED
+        frame = self._zstd.huffman_blocks(symbols, prediction.stretch)
+        if rest.size + sum(map(len, frame)) < 2 * tile.size:
+            return [rest.data, *frame], low, mode
+        stored = memory[: 2 * tile.size]
+        np.copyto(stored, tile.view(np.uint8))
+        return [stored.data], 0, STORED
 
     def _decode_tile(self, stored: memoryview, tile: _Tile, prediction: Prediction, into: U16) -> None:
         if tile.mode == STORED:

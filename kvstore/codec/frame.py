@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from kvstore.codec import frame_v1
 from kvstore.codec.base import Codec, Pieces, UnknownFormatError, pieces_nbytes
-from kvstore.codec.exphuf import SLACK_BYTES
 from kvstore.codec.frame_v1 import HeaderV1
 from kvstore.codec.header import MAX_LAYOUT_BYTES, FrameError, FrameHeader, Section, read_prelude
 from kvstore.codec.rates import Rates, choose, measure
@@ -147,7 +146,7 @@ class FrameFormat:
         """
         codecs = self._local.codecs
         tensors = tensors_of(item.layout, raw.nbytes)
-        codecs.arena.begin(raw.nbytes + len(tensors) * SLACK_BYTES)
+        codecs.arena.begin(raw.nbytes)
         pieces: Pieces = []
         sections = []
         lossy = False

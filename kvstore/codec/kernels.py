@@ -1,4 +1,4 @@
-"""The two implementations of exphuf's inner loops behind one interface, with the memory that a thread needs."""
+"""The two implementations of exphuf's inner loops behind one interface. Instances have no state: any thread."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.codec import vectors
-from kvstore.codec.huffman import U8, Work, make_work
-from kvstore.codec.loops import U16, Form, Loops, Rows, compile_loops
+from kvstore.codec.loops import U8, U16, Form, Loops, Rows, compile_loops
 
 _T = TypeVar("_T", bound=np.generic)
 
@@ -31,9 +30,6 @@ class Kernels(Protocol):
     def pack(self, left: U16, form: Form, symbols: U8, rest: U8) -> None:
         """Cut what is left into symbols and the bits below, using it up; `form` is (base, shift)."""
 
-    def blocks(self, symbols: U8, top: int, step: int, out: U8) -> int:
-        """All blocks of a zstd frame, of `step` symbols each (a multiple of 8); answers their bytes."""
-
     def join(self, symbols: U8, rest: U8, rows: Rows, form: Form, out: U16) -> None:
         """Undo pack."""
 
@@ -46,12 +42,11 @@ class NumpyKernels:
     survey = staticmethod(vectors.survey)
     split = staticmethod(vectors.split_values)
     pack = staticmethod(vectors.pack_values)
-    blocks = staticmethod(vectors.write_blocks)
     join = staticmethod(vectors.join_values)
 
 
 class NumbaKernels:
-    """Compiled loops; an instance belongs to one thread, for its tables' sake."""
+    """Compiled loops."""
 
     name = "numba"
 
@@ -70,15 +65,6 @@ class NumbaKernels:
         """See Kernels."""
         base, shift = form
         self._loops.pack[shift](left, base, symbols, rest)
-
-    @functools.cached_property
-    def _work(self) -> Work:
-        """Not before a block is written: threads that only read can do without."""
-        return make_work(TILE_VALUES)
-
-    def blocks(self, symbols: U8, top: int, step: int, out: U8) -> int:
-        """See Kernels."""
-        return self._loops.blocks(symbols, top, step, out, self._work)
 
     def join(self, symbols: U8, rest: U8, rows: Rows, form: Form, out: U16) -> None:
         """See Kernels."""
@@ -102,7 +88,7 @@ def compiled_loops() -> Loops | None:
 
 
 def make_kernels(numba: bool | None) -> Kernels:
-    """Kernels for one thread: compiled, numpy's, or (None) compiled where numba is installed.
+    """Kernels: compiled, numpy's, or (None) compiled where numba is installed.
 
     Raises:
         ImportError: numba was asked for and is not installed.

@@ -13,9 +13,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstore.codec import huffman
-from kvstore.codec.huffman import U8, BlocksWriter
-
+U8 = NDArray[np.uint8]
 U16 = NDArray[np.uint16]
 Form = tuple[int, int]  # base, shift
 
@@ -41,7 +39,6 @@ class Loops(NamedTuple):
     pack: dict[int, Callable[[U16, int, U8, U8], None]]
     split: Callable[[U16, Rows, int, U16], tuple[int, int]]
     join: Callable[[U8, U8, Rows, Form, U16], None]
-    blocks: BlocksWriter
 
 
 def compile_loops() -> Loops:
@@ -53,22 +50,11 @@ def compile_loops() -> Loops:
     from numba import njit  # noqa: PLC0415 - half a second and tens of megabytes, which the numpy path must not cost
 
     jit = njit(nogil=True)
-    parts = huffman.Parts(
-        jit(huffman.count_symbols),
-        jit(huffman.rank_symbols),
-        jit(huffman.code_lengths),
-        jit(huffman.limit_lengths),
-        jit(huffman.write_table),
-        jit(huffman.pair_codes),
-        jit(huffman.write_stream),
-        jit(huffman.put_number),
-    )
     return Loops(
         {shift: jit(surveyor(shift)) for shift in SHIFTS},
         {shift: jit(packer(shift)) for shift in SHIFTS},
         jit(split_values),
         jit(join_values),
-        jit(huffman.blocks_writer(jit(huffman.content_writer(parts)), parts.put)),
     )
 
 

@@ -17,9 +17,8 @@ from typing import Final
 import numpy as np
 
 from kvstore.codec.base import CodecError
-from kvstore.codec.huffman import U8
 from kvstore.codec.kernels import Kernels
-from kvstore.codec.loops import MANTISSA_BITS, U16, Rows
+from kvstore.codec.loops import MANTISSA_BITS, U8, U16, Rows
 from kvstore.codec.shapes import Plan
 
 _NEUTRAL: Final = 2  # 2 * (step + 1) + sign

@@ -43,7 +43,7 @@ MIN_TOKENS = 8  # fewer say too little of a channel
 NO_AXIS = -1
 
 _STRETCH = 48 << 10  # values
-_FLAT_STRETCH = 32 << 10  # where nobody knows what begins where
+_FLAT_STRETCH = 24 << 10  # where nobody knows what begins where
 _SMALL_STRETCH = 24 << 10
 _LONG_RUN = 4096  # values; longer ones are copied one by one
 

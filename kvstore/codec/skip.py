@@ -8,7 +8,7 @@ import numpy as np
 
 from kvstore.codec.base import Bytes
 from kvstore.codec.huf import ONE_BYTE_DTYPES
-from kvstore.codec.huffman import U8
+from kvstore.codec.loops import U8
 from kvstore.codec.shapes import Tensor
 
 _SHIFTS: Final = {"bfloat16": 7, "float16": 8}  # of what is not noise

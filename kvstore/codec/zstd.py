@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
 from kvstore.codec.base import CodecError
-from kvstore.codec.huffman import MAX_SYMBOL
 
-_MAGIC: Final = b"\x28\xb5\x2f\xfd\xa0"  # and: one segment, its size in four bytes, no checksum
 _MAX_WINDOW_BYTES: Final = 1 << 20  # nobody has written larger frames
-_FRAME_HEAD: Final = 9
-_LEAST_FRAME: Final = 256  # symbols
-_LEAST_BLOCK: Final = 8 << 10  # symbols; the last may be shorter
-_FEW_BITS: Final = 5  # below a fifth of a byte for each symbol, repeats are worth looking for
 
 
 def huffman_parameters() -> zstandard.ZstdCompressionParameters:
@@ -64,6 +58,19 @@ class ZstdContexts:
         frame: bytes = self._huffman.compress(plain.data)
         return frame
 
+    def huffman_blocks(self, plain: NDArray[np.uint8], block: int) -> list[bytes]:
+        """One frame of Huffman codes in pieces, with a table of its own for each `block` bytes."""
+        if plain.nbytes <= block:
+            return [self.huffman(plain)]
+        compressor = self._huffman.compressobj(size=plain.nbytes)
+        parts = []
+        for start in range(0, plain.nbytes, block):
+            parts.append(compressor.compress(plain[start : start + block].data))
+            last = start + block >= plain.nbytes
+            flush = zstandard.COMPRESSOBJ_FLUSH_FINISH if last else zstandard.COMPRESSOBJ_FLUSH_BLOCK
+            parts.append(compressor.flush(flush))
+        return parts
+
     def level_1(self, plain: NDArray[np.uint8]) -> bytes:
         """One frame of level 1, which also finds repeats."""
         frame: bytes = self._level.compress(plain.data)
@@ -86,41 +93,3 @@ class ZstdContexts:
         if len(plain) != nbytes:
             raise CodecError(f"zstd frame of {len(plain)} bytes where {nbytes} belong")
         return np.frombuffer(plain, dtype=np.uint8)
-
-
-class BlocksWriter(Protocol):
-    """The part of Kernels that this needs."""
-
-    def blocks(self, symbols: NDArray[np.uint8], top: int, step: int, out: NDArray[np.uint8]) -> int:
-        """All blocks of a zstd frame, of `step` symbols each (a multiple of 8); answers their bytes."""
-
-
-class FrameWriter:
-    """Writes zstd frames of Huffman codes block by block, each with a table that suits it.
-
-    Zstd's own encoder takes over for symbols beyond MAX_SYMBOL, and where there is so little in them that they may
-    repeat.
-    """
-
-    def __init__(self, kernels: BlocksWriter, zstd: ZstdContexts) -> None:
-        self._kernels = kernels
-        self._zstd = zstd
-
-    def write(self, symbols: NDArray[np.uint8], top: int, block: int, out: NDArray[np.uint8]) -> int:
-        """A frame of all symbols in `out`; answers its bytes.
-
-        `out` has room for 64 bytes more than they are, `top` is the greatest of them, and `block` is how many share a
-        table, about (at least _LEAST_BLOCK; there are at most 128 Ki).
-        """
-        nbytes = 0
-        if top <= MAX_SYMBOL and symbols.size >= _LEAST_FRAME:
-            out[:_FRAME_HEAD] = np.frombuffer(_MAGIC + symbols.size.to_bytes(4, "little"), dtype=np.uint8)
-            step = max(-(-block // 8) * 8, _LEAST_BLOCK)
-            nbytes = _FRAME_HEAD + self._kernels.blocks(symbols, top, step, out[_FRAME_HEAD:])
-        if nbytes > symbols.size // _FEW_BITS:
-            return nbytes
-        frame = np.frombuffer(self._zstd.huffman(symbols), dtype=np.uint8)
-        if nbytes and nbytes <= frame.size:
-            return nbytes
-        out[: frame.size] = frame
-        return frame.size
