@@ -32,10 +32,12 @@ _SLACK_ENTRIES = 256
 
 
 class Adaptive:
-    """Adaptive order over the blocks that have a copy in `tier` (HOT, WARM or COLD)."""
+    """Adaptive order over blocks that have a copy in `tier` (HOT, WARM or COLD)."""
 
-    def __init__(self, tier: int, candidates: Sequence[Candidate] = CANDIDATES) -> None:
+    def __init__(self, tier: int, mark: int, candidates: Sequence[Candidate] = CANDIDATES) -> None:
+        """`mark`: the order's own bit in `Block.queued`."""
         self._tier = tier
+        self._mark = mark
         self._candidates = candidates
         self._entry = count()
         self._once: list[tuple[int, int, Block]] = []
@@ -73,8 +75,8 @@ class Adaptive:
 
     def offer(self, block: Block) -> None:
         """Give `block` an entry again."""
-        if block.copies & self._tier and not block.queued & self._tier:
-            block.queued |= self._tier
+        if not block.queued & self._mark and block.stands(self._tier, self._mark):
+            block.queued |= self._mark
             self._push(block)
             if len(self._once) + len(self._again) > 2 * self._live + _SLACK_ENTRIES:
                 self._compact()
@@ -84,6 +86,7 @@ class Adaptive:
         self._live -= 1
         if block is self._last:
             self._last = None
+            self._fill()
             self._ghosts.add(_name(block))
         parent = block.parent
         if parent is not None:
@@ -97,9 +100,6 @@ class Adaptive:
 
     def victim(self, allowed: Callable[[Block], bool]) -> Block | None:
         """The older of the two oldest leaves that may leave."""
-        if not self._full:
-            self._full = True
-            self._resize(self._peak)
         bias = self._bias()
         once = self._oldest(self._once, allowed)
         again = self._oldest(self._again, allowed) if once is None or bias < FOREVER else None
@@ -114,6 +114,7 @@ class Adaptive:
 
     def admits(self, namespace: Namespace, key: bytes, victim: Block) -> bool:
         """Whether a new block would leave after `victim`."""
+        self._fill()
         if not victim.touched:
             return True
         if not self.candidate.closed and (not victim.reused or victim.touched + self._bias() <= self._now):
@@ -122,6 +123,7 @@ class Adaptive:
 
     def refuse(self, namespace: Namespace, keys: Sequence[bytes]) -> None:
         """They are ghosts now; from the last to the first, so that a child is forgotten before its parent."""
+        self._fill()
         salt = namespace.salt
         for key in reversed(keys):
             self._ghosts.add(name_of(key, salt))
@@ -138,12 +140,12 @@ class Adaptive:
 
     def _oldest(self, heap: list[tuple[int, int, Block]], allowed: Callable[[Block], bool]) -> Block | None:
         """The first leaf of a heap that may leave; entries that are out of date are put right on the way."""
-        tier, again = self._tier, heap is self._again
+        tier, mark, again = self._tier, self._mark, heap is self._again
         while heap:
             stamp, _, block = heap[0]
-            if not block.copies & tier:
+            if not block.stands(tier, mark):
                 heapq.heappop(heap)
-                block.queued &= ~tier
+                block.queued &= ~mark
             elif again != bool(block.reused and block.touched):
                 heapq.heappop(heap)
                 self._push(block)
@@ -153,8 +155,14 @@ class Adaptive:
                 return block
             else:
                 heapq.heappop(heap)
-                block.queued &= ~tier
+                block.queued &= ~mark
         return None
+
+    def _fill(self) -> None:
+        """Room is wanted, and there is none: from now on the most blocks held are the capacity."""
+        if not self._full:
+            self._full = True
+            self._resize(self._peak)
 
     def _measure(self) -> None:
         """Follow the capacity: the most blocks held in the last so many inserts."""
@@ -180,10 +188,10 @@ class Adaptive:
         blocks = {id(block): block for heap in (self._once, self._again) for _, _, block in heap}
         self._once, self._again = [], []
         for block in blocks.values():
-            if block.copies & self._tier:
+            if block.stands(self._tier, self._mark):
                 self._push(block)
             else:
-                block.queued &= ~self._tier
+                block.queued &= ~self._mark
 
 
 def _name(block: Block) -> int:

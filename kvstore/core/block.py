@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntFlag
+from typing import TYPE_CHECKING
 
 from kvstore.core.slots import Slot
+
+if TYPE_CHECKING:
+    from kvstore.core.policy import EvictionPolicy
 
 
 class Copies(IntFlag):
@@ -20,6 +24,14 @@ class Copies(IntFlag):
 
 # Plain ints: IntFlag arithmetic costs 20 times an int's, and these are tested for every block of every lease.
 HOT, WARM, COLD = int(Copies.HOT), int(Copies.WARM), int(Copies.COLD)
+
+PREFETCHED = 8  # in `spare` beside the tiers: its warm copy was loaded on a hint, and nobody has come for it yet
+
+# Who leaves first, see core.orders: the lowest.
+SPARE, LOW, NORMAL, HIGH, PINNED = range(5)
+
+# The usual level has the lowest bits: numbers up to 256 are no objects of their own in memory.
+_UNITS = (8, 64, 1, 512, 4096)  # by level
 
 
 class Block:
@@ -41,6 +53,7 @@ class Block:
         "first_child",
         "hits",
         "key",
+        "level",
         "lossy",
         "namespace",
         "next_sibling",
@@ -51,6 +64,7 @@ class Block:
         "reused",
         "saving",
         "slot",
+        "spare",
         "stored_bytes",
         "touched",
     )
@@ -65,7 +79,9 @@ class Block:
         self.slot: Slot | None = None  # FILLING while it loads, READY while WARM
         self.stored_bytes = 0  # on the cold medium
         self.touched = 0  # stamp of the last use
-        self.queued = 0  # tiers whose order has an entry for this block
+        self.queued = 0  # marks of the orders that have an entry for this block
+        self.level = namespace.level
+        self.spare = 0  # tiers whose copy leaves before all others
         self.reused = False  # used after it was stored, or back soon after it left; of a leaf: what hangs on it counts
         self.saving = False  # an agent is copying it to the cold tier
         self.ahead = 0  # the residency's: since when it has been saved ahead of being dropped
@@ -108,6 +124,11 @@ class Block:
             block = block.parent
         return block
 
+    def stands(self, tier: int, mark: int) -> bool:
+        """Whether it belongs into the order of a tier that has this mark."""
+        level = SPARE if self.spare & tier else self.level
+        return bool(self.copies & tier) and tier * _UNITS[level] == mark
+
     def children(self) -> Iterator[Block]:
         """The direct children, newest first."""
         child = self.first_child
@@ -147,8 +168,20 @@ class Namespace:
     layout: str = ""
     cold_codec: str = ""  # a lossy one that its owner asked for; empty: none
     epoch: int = 0
+    level: int = NORMAL  # of its new blocks: LOW, NORMAL or HIGH
     blocks: dict[bytes, Block] = field(default_factory=dict)
+    orders: dict[int, EvictionPolicy] = field(default_factory=dict)  # those that its blocks stand in, by mark
     salt: int = field(init=False)  # tells equal keys of two namespaces apart; its lowest eight bits are 0
 
     def __post_init__(self) -> None:
         self.salt = int.from_bytes(self.digest[:8], "little") & ~0xFF
+
+
+def level_of(block: Block, tier: int) -> int:
+    """The level at which it stands in a tier."""
+    return SPARE if block.spare & tier else block.level
+
+
+def mark_of(tier: int, level: int) -> int:
+    """The bit of a tier and level in `queued`."""
+    return tier * _UNITS[level]

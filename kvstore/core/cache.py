@@ -14,7 +14,7 @@ from kvstore.core.block import COLD, HOT, WARM, Block, Namespace
 from kvstore.core.index import Index, split_keys
 from kvstore.core.moves import Moves
 from kvstore.core.puts import Puts
-from kvstore.core.reads import Reads
+from kvstore.core.reads import Reads, ReadSettings
 from kvstore.core.residency import Limits, Residency
 from kvstore.core.slabs import SlabAllocator, SlotRef
 from kvstore.core.slots import SlotTable
@@ -47,11 +47,12 @@ class RecoveredBlock(NamedTuple):
 
 @dataclass(slots=True)
 class CacheConfig:
-    """Capacities and the lease time."""
+    """Capacities, the lease time, and how blocks move between tiers."""
 
     limits: Limits
     lease_ttl_s: float = 30.0
     promote_hits: int = 2
+    prefetch_share: float = 0.125  # of warm, that may hold what was loaded on hints and has not been asked for
 
 
 class BlockCache:
@@ -65,7 +66,8 @@ class BlockCache:
         self.index = Index(self._orphaned, self._childless)
         self.residency = Residency(self.index, self.slots, self.allocator, limits)
         self.puts = Puts(self.index, self.residency)
-        self.reads = Reads(self.index, self.residency, config.lease_ttl_s, config.promote_hits)
+        settings = ReadSettings(config.promote_hits, int(limits.warm_bytes * config.prefetch_share))
+        self.reads = Reads(self.index, self.residency, config.lease_ttl_s, settings)
         self.moves = Moves(self.residency, self.reads)
 
     # -- namespaces -------------------------------------------------------------------------------------------
@@ -189,4 +191,4 @@ class BlockCache:
         self.residency.first_out(block)
 
     def _childless(self, block: Block) -> None:
-        self.residency.offer(block)
+        self.residency.orders.offer(block)

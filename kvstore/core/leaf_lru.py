@@ -21,13 +21,15 @@ _SLACK_ENTRIES = 256
 
 
 class LeafLru:
-    """Leaf-first LRU over the blocks that have a copy in `tier` (HOT, WARM or COLD)."""
+    """Leaf-first LRU over blocks that have a copy in `tier` (HOT, WARM or COLD)."""
 
-    def __init__(self, tier: int) -> None:
+    def __init__(self, tier: int, mark: int) -> None:
+        """`mark`: the order's own bit in `Block.queued`."""
         self._tier = tier
+        self._mark = mark
         self._entry = count()
         self._heap: list[tuple[int, int, Block]] = []
-        self._live = 0  # blocks with a copy in this tier
+        self._live = 0  # blocks that stand here
 
     def insert(self, block: Block) -> None:
         """Add a block with the stamp it has: moving a copy is no use of it."""
@@ -40,23 +42,24 @@ class LeafLru:
 
     def offer(self, block: Block) -> None:
         """Give `block` an entry again."""
-        if block.copies & self._tier and not block.queued & self._tier:
-            block.queued |= self._tier
+        if not block.queued & self._mark and block.stands(self._tier, self._mark):
+            block.queued |= self._mark
             heapq.heappush(self._heap, (block.touched, next(self._entry), block))
             self._compact()
 
     def victim(self, allowed: Callable[[Block], bool]) -> Block | None:
         """The least recently used leaf that may leave."""
-        heap = self._heap
+        heap, tier, mark = self._heap, self._tier, self._mark
         while heap:
             stamp, _, block = heap[0]
-            if block.touched > stamp and block.copies & self._tier:
+            stands = block.stands(tier, mark)
+            if stands and block.touched > stamp:
                 heapq.heapreplace(heap, (block.touched, next(self._entry), block))
-            elif block.copies & self._tier and is_leaf(block, self._tier) and allowed(block):
+            elif stands and is_leaf(block, tier) and allowed(block):
                 return block
             else:
                 heapq.heappop(heap)
-                block.queued &= ~self._tier
+                block.queued &= ~mark
         return None
 
     def remove(self, block: Block) -> None:
@@ -85,11 +88,11 @@ class LeafLru:
         kept = {
             id(block): (block.touched, next(self._entry), block)
             for _, _, block in self._heap
-            if block.copies & self._tier
+            if block.stands(self._tier, self._mark)
         }
         for _, _, block in self._heap:
             if id(block) not in kept:
-                block.queued &= ~self._tier
+                block.queued &= ~self._mark
         self._heap = list(kept.values())
         heapq.heapify(self._heap)
 

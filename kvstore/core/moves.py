@@ -157,7 +157,7 @@ class Moves:
             residency.gain_below(block, COLD, stored_bytes)
             block.lossy = lossy
             self._trim_cold(block.namespace.tenant)
-        residency.offer(block)
+        residency.orders.offer(block)
 
     def begin_promotions(self, count: int) -> list[Copy]:
         """Up to `count` blocks to copy to hot, pinned until `promoted`."""
@@ -188,8 +188,9 @@ class Moves:
             residency.deletes[HOT].append((block.namespace.digest, block.key))
         else:
             residency.counts[HOT].writes += 1
+            residency.counts[HOT].promotions += 1
             residency.gain_below(block, HOT, block.namespace.block_nbytes)
-        residency.offer(block)
+        residency.orders.offer(block)
 
     def condemn(self, blocks: dict[bytes, Block]) -> None:
         """Take blocks that no lookup can find any more, to be emptied piece by piece."""
@@ -218,7 +219,7 @@ class Moves:
     def _reserve(self, tier: int, block: Block) -> bool:
         """Make room for a copy and count it at once, so that a batch cannot take the same room twice."""
         tenant, nbytes = block.namespace.tenant, block.namespace.block_nbytes
-        if not self._residency.make_room_below(tier, tenant, nbytes, spare_warm=tier == COLD):
+        if not self._residency.make_room_below(tier, tenant, nbytes, spare_ahead=tier == COLD):
             return False
         self._residency.budgets[tier].add(tenant, nbytes)
         return True
@@ -226,7 +227,7 @@ class Moves:
     def _trim_cold(self, tenant: str) -> None:
         """What was stored may take more than its raw bytes, for which there was room."""
         make_room = self._residency.make_room_below
-        if not make_room(COLD, tenant, 0, spare_warm=True):
+        if not make_room(COLD, tenant, 0, spare_ahead=True):
             make_room(COLD, tenant, 0)
 
     def _end(self, tier: int, copy: Copy) -> None:

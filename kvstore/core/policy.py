@@ -1,6 +1,7 @@
 """What an eviction policy is: an order, and nothing else.
 
-A policy never owns data, budgets or I/O. Call sequence, for the one tier it orders:
+A policy never owns data, budgets or I/O. It orders the blocks that stand in one place and level of one tier
+(core.orders, Block.stands). Call sequence:
 
     refer(ns, keys)    these blocks of one prefix were found by a reader, or are about to be stored; each use once,
                        whichever tier has them
@@ -52,5 +53,5 @@ class EvictionPolicy(Protocol):
         """Forget a block whose copy has gone; `block.copies` is already without this tier."""
 
 
-PolicyFactory: TypeAlias = Callable[[int], EvictionPolicy]
-"""Makes the order of one tier (HOT, WARM or COLD of core.block)."""
+PolicyFactory: TypeAlias = Callable[[int, int], EvictionPolicy]
+"""Makes an order for a tier (HOT, WARM or COLD of core.block), with its bit in `Block.queued` (core.block.mark_of)."""

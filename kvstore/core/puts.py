@@ -37,6 +37,7 @@ class Reject(IntEnum):
     UNAVAILABLE = 7
     DRAINING = 8
     CLEARED = 9
+    NOT_ADMITTED = 10
 
 
 @dataclass(slots=True)
@@ -98,10 +99,12 @@ class Puts:
             return
         namespace, keys = plan.namespace, [item.key for item in wanted]
         self._residency.refer(namespace, b"".join(keys))
-        slots = self._residency.take(namespace, len(keys), plan, keys)
+        slots, refused = self._residency.take(namespace, len(keys), plan, keys)
         for item, slot in zip(wanted, slots, strict=False):
             item.slot = slot
-        if len(slots) < len(wanted):
+        if refused:
+            self._refuse(plan, wanted[len(slots)], Reject.NOT_ADMITTED)
+        elif len(slots) < len(wanted):
             limited = self._residency.budgets[WARM].over_own_limit(namespace.tenant, namespace.slot_bytes)
             self._refuse(plan, wanted[len(slots)], Reject.QUOTA if limited else Reject.NO_ROOM)
 
@@ -177,7 +180,7 @@ class Puts:
             held, plan.held = plan.held, None
             self._residency.slots.unpin(held)
             if isinstance(held.owner, Block):
-                self._residency.offer(held.owner)
+                self._residency.orders.offer(held.owner)
 
     def _refuse(self, plan: PutPlan, first: PutItem, reason: Reject) -> None:
         """`first` cannot be stored, so in a chain nothing after it can."""

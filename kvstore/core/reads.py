@@ -37,6 +37,18 @@ class AcquireGroup(NamedTuple):
     exact: bool = False  # what is only left as a lossy copy counts as absent
 
 
+class ReadSettings(NamedTuple):
+    """What can be set.
+
+    Attributes:
+        promote_hits: hits of a block in slower tiers until it earns a place in a faster one.
+        prefetch_bytes: of warm, that may hold what was loaded on hints and has not been asked for.
+    """
+
+    promote_hits: int = 2
+    prefetch_bytes: int = 1 << 62
+
+
 class Readiness(NamedTuple):
     """How far a lease has come."""
 
@@ -48,11 +60,11 @@ class Readiness(NamedTuple):
 class Reads:
     """The read side of the core. `loads` are blocks whose slot an agent must fill, in prefix order."""
 
-    def __init__(self, index: Index, residency: Residency, ttl_s: float, promote_hits: int = 2) -> None:
-        """`promote_hits`: acquires of a block until it is copied to the hot tier."""
+    def __init__(self, index: Index, residency: Residency, ttl_s: float, settings: ReadSettings) -> None:
         self._index = index
         self._residency = residency
-        self._promote_hits = promote_hits
+        self._promote_hits = settings.promote_hits
+        self._prefetch_bytes = settings.prefetch_bytes
         self.leases = LeaseTable(ttl_s, self._unpin)
         self.loads: deque[Block] = deque()
         self.promotions: dict[Block, None] = {}
@@ -145,22 +157,36 @@ class Reads:
             start = part.first_block * KEY_BYTES
             self._residency.refer(part.namespace, group.keys[start : start + len(part.blocks) * KEY_BYTES])
             self._residency.touch(part.blocks[-1])
+            self._note_hits(part.blocks)
             self.hit_blocks += len(part.blocks)
         return self.leases.open(session_id, tenant, parts, tokens, now_s)
 
     def prefetch(self, namespace: Namespace, keys: bytes) -> int:
-        """Start loading the cold part of the longest stored prefix without pinning it; returns blocks that load."""
+        """Start loading the cold part of the longest stored prefix without pinning it; returns blocks that load.
+
+        What was loaded on hints and not asked for since stays within `prefetch_bytes`, so that many waiting requests
+        cannot fill warm. It drops only what was last used before the prefix that the hint is about.
+        """
         found = self.stored_prefix(namespace, keys)
-        if not found:
+        room = (self._prefetch_bytes - self._residency.prefetched_bytes) // namespace.slot_bytes
+        part = LeasePart(namespace, 0, self._index.prefix_blocks(namespace, keys[: found * KEY_BYTES]), [])
+        wanted = [block for block in part.blocks if block.slot is None][: max(0, room)]
+        if not wanted:
             return 0
-        before = len(self.loads)
-        group = AcquireGroup(namespace, keys)
-        part = self._part(group, found * namespace.block_tokens)
-        self._complete(part, self._pin(part), group, found * namespace.block_tokens)
-        if part.blocks:
-            self._residency.touch(part.blocks[-1])
-        self._unpin(part, 0, len(part.slots))
-        return len(self.loads) - before
+        held = [block.slot for block in part.blocks if block.slot is not None]
+        for slot in held:  # room for the end of the prefix must not be made of its beginning
+            slot.pins += 1
+        slots = self._residency.take(namespace, len(wanted), part, older_than=part.blocks[-1].touched).slots
+        for block, slot in zip(wanted, slots, strict=False):
+            block.slot = slot
+            self._residency.foresee(block)
+            self.loads.append(block)
+        self._residency.touch(part.blocks[-1], reused=False)
+        for slot in held:
+            self._residency.slots.unpin(slot)
+        for block in part.blocks:
+            self._residency.orders.offer(block)
+        return len(slots)
 
     def readiness(self, lease: Lease, stop: int) -> Readiness:
         """How much of [0, stop) of every part is readable."""
@@ -193,6 +219,8 @@ class Reads:
         if block.copies & tier:
             self._residency.counts[tier].hits += 1
             self._residency.gain_warm(block, slot)
+            if not block.spare & WARM:
+                self._residency.settle_warm(block)
         else:  # deleted, cleared or evicted while it was loading
             self.load_failed(block, 0)
 
@@ -205,8 +233,10 @@ class Reads:
             return
         slot, block.slot = block.slot, None
         assert slot is not None
+        self._residency.fetched(block)
+        block.spare &= ~WARM
         self._residency.abandon(slot)
-        self._residency.offer(block)
+        self._residency.orders.offer(block)
         self._index.lost(block)
 
     # -- internals --------------------------------------------------------------------------------------------
@@ -255,6 +285,31 @@ class Reads:
         self._residency.counts[WARM].hits += len(part.slots)
         return slots
 
+    def _note_hits(self, blocks: Sequence[Block]) -> None:
+        """Hits of blocks that have no place in warm yet: loaded for one use, or on a hint.
+
+        They stand at the end of a prefix, because what they hang on came first.
+        """
+        residency = self._residency
+        for block in reversed(blocks):
+            if not block.spare & WARM:
+                break
+            if block.copies & WARM:  # else it is this very hit that loads it
+                self._count_load(block)
+        if residency.prefetched_bytes:
+            for block in blocks:
+                if residency.fetched(block):
+                    self._count_load(block)
+
+    def _count_load(self, block: Block) -> None:
+        """A hit in a slower tier: with the first ones a block only passes through warm."""
+        block.hits += 1
+        earned = block.hits >= self._promote_hits
+        if earned and block.copies & WARM:
+            self._residency.settle_warm(block)
+        else:
+            self._residency.orders.set_spare(block, WARM, spare=not earned)
+
     def _complete(self, part: LeasePart, slots: list[Slot | None], group: AcquireGroup, tokens: int) -> int:
         """Reserve the slots that a part lacks; returns the tokens it can serve."""
         if len(part.slots) < len(slots):
@@ -266,26 +321,28 @@ class Reads:
         return len(part.slots) * part.namespace.block_tokens
 
     def _count_hits(self, blocks: Sequence[Block]) -> None:
-        """Uses count only while there is a faster tier to earn."""
+        """Uses count only while there is a faster tier to earn. What has no place in warm earns that first."""
         for block in blocks:
-            block.hits += 1
-            if block.hits >= self._promote_hits and not block.copies & HOT:
-                self.promotions[block] = None
+            if block.copies & WARM and not block.spare & WARM:
+                block.hits += 1
+                if block.hits >= self._promote_hits and not block.copies & HOT:
+                    self.promotions[block] = None
 
     def _reserve(self, part: LeasePart, slots: list[Slot | None]) -> None:
         """Give every missing slot of a part to a load; what finds no room cuts the part there."""
         missing = [i for i, slot in enumerate(slots) if slot is None]
         # A key may have been asked for twice, or by another part that has its slot by now.
         wanted = dict.fromkeys(part.blocks[i] for i in missing if part.blocks[i].slot is None)
-        for block, slot in zip(wanted, self._residency.take(part.namespace, len(wanted), part), strict=False):
+        for block, slot in zip(wanted, self._residency.take(part.namespace, len(wanted), part).slots, strict=False):
             block.slot = slot
+            self._count_load(block)
             self.loads.append(block)
         for i in missing:
             found = slots[i] = part.blocks[i].slot
             if found is None:
                 self._unpin_slots([slot for slot in slots[i:] if slot is not None])
                 for block in part.blocks[i:]:
-                    self._residency.offer(block)
+                    self._residency.orders.offer(block)
                 del slots[i:]
                 self._note_short(part.namespace, sum(block.slot is None for block in wanted))
                 break
@@ -311,7 +368,7 @@ class Reads:
         regular = self._unpin_slots(part.slots[start:stop])
         if stop <= start:
             return
-        offer = self._residency.offer
+        offer = self._residency.orders.offer
         offer(part.blocks[stop - 1])
         if not part.namespace.chain:
             for block in part.blocks[start:stop]:

@@ -6,16 +6,21 @@ engine to carry out; memory of warm slots is freed through the slot table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from kvstore.core.block import COLD, HOT, WARM, Block, Namespace
+from kvstore.core.block import COLD, HOT, PREFETCHED, WARM, Block, Namespace
 from kvstore.core.budget import Budget
+from kvstore.core.fair import payers
 from kvstore.core.index import KEY_BYTES, Index
 from kvstore.core.leaf_lru import LeafLru
-from kvstore.core.policy import EvictionPolicy, PolicyFactory
+from kvstore.core.orders import Orders
+from kvstore.core.policy import PolicyFactory
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.slots import Slot, SlotState, SlotTable
+
+_ANY_AGE = 1 << 62
 
 BelowRef = tuple[bytes, bytes]  # namespace digest, key
 ClassKey = tuple[str, int]  # tenant, slot bytes
@@ -29,6 +34,7 @@ class TierCount:
     hits: int = 0
     evictions: int = 0
     writes: int = 0
+    promotions: int = 0  # blocks that earned a place here by hits in a slower tier
     write_failures: int = 0
     corrupt: int = 0
 
@@ -42,6 +48,13 @@ class Limits:
     hot_bytes: int = 0
     tenant_bytes: dict[int, dict[str, int]] = field(default_factory=dict)
     policy: PolicyFactory = LeafLru
+
+
+class Taken(NamedTuple):
+    """Slots in FILLING. `refused`: there could be more, but the new blocks are not worth what would have to leave."""
+
+    slots: list[Slot]
+    refused: bool = False
 
 
 class Residency:
@@ -67,12 +80,11 @@ class Residency:
         self.ahead_bytes = 0
         self._ahead_epoch = 1
         self.dropped_unsaved = 0
+        self.prefetched_bytes = 0  # loaded, or loading, on hints that nobody has followed up yet
         self.raw_cold_bytes = 0
         self.pressed: dict[ClassKey, None] = {}  # classes that dropped blocks of their own for room
-        self._policy = limits.policy
-        self._warm_orders: dict[ClassKey, EvictionPolicy] = {}
-        self._below_orders: dict[tuple[int, str], EvictionPolicy] = {}  # HOT and COLD, each by tenant
-        self._spared: dict[Block, None] = {}  # cold copies passed over because their block is in warm too
+        self.orders = Orders(limits.policy)
+        self._spared: dict[Block, None] = {}  # cold copies passed over because they were saved ahead
         # Asked for a slab when a class has no free slot; the engine makes one at once, or says no.
         self.grow: Callable[[str, int], bool] = lambda tenant, slot_size: False
         slots.freed = self._slot_freed
@@ -82,35 +94,17 @@ class Residency:
     def refer(self, namespace: Namespace, keys: bytes) -> None:
         """Packed keys of one prefix were found, or are about to be stored. `touch` and `stamp` come on top of it."""
         self._clock += len(keys) // KEY_BYTES
-        self.warm_order(namespace).refer(namespace, keys)
-        for tier in (COLD, HOT):
-            order = self._below_orders.get((tier, namespace.tenant))
-            if order is not None:
-                order.refer(namespace, keys)
+        self.orders.refer(namespace, keys)
 
     def touch(self, block: Block, reused: bool = True) -> None:
         """Note a use of the prefix that ends with `block`; not `reused`: it must stay, and nobody has read it."""
         self.stamp(block)
         if reused:
             block.reused = True
-        copies = block.copies
         if block in self.dirty:
             del self.dirty[block]
             self.dirty[block] = None
-        if copies & WARM:
-            self.warm_order(block.namespace).touch(block)
-        for tier in (COLD, HOT):
-            if copies & tier:
-                self.below_order(tier, block.namespace.tenant).touch(block)
-
-    def offer(self, block: Block) -> None:
-        """`block` may have become free to leave."""
-        copies = block.copies
-        if copies & WARM:
-            self.warm_order(block.namespace).offer(block)
-        for tier in (HOT, COLD):
-            if copies & tier:
-                self.below_order(tier, block.namespace.tenant).offer(block)
+        self.orders.touch(block)
 
     def stamp(self, block: Block) -> None:
         """Give a block its first stamp, above the orphans' 0."""
@@ -121,7 +115,7 @@ class Residency:
         """Make `block` the next to leave (orphans)."""
         block.touched = 0
         block.queued = 0  # so that it gets an entry with this stamp; an old one that is left names it once more
-        self.offer(block)
+        self.orders.offer(block)
 
     def available(self, block: Block) -> bool:
         """Whether a copy can be read now (an agent may be down)."""
@@ -130,19 +124,13 @@ class Residency:
 
     # -- warm -------------------------------------------------------------------------------------------------
 
-    def warm_order(self, namespace: Namespace) -> EvictionPolicy:
-        """The order of the namespace's size class."""
-        key = (namespace.tenant, namespace.slot_bytes)
-        order = self._warm_orders.get(key)
-        if order is None:
-            order = self._warm_orders[key] = self._policy(WARM)
-        return order
-
-    def take(self, namespace: Namespace, wanted: int, owner: object, keys: Sequence[bytes] = ()) -> list[Slot]:
+    def take(
+        self, namespace: Namespace, wanted: int, owner: object, keys: Sequence[bytes] = (), older_than: int = _ANY_AGE
+    ) -> Taken:
         """Up to `wanted` slots in FILLING, dropping unpinned blocks of the same size class where none is free.
 
         `keys`: of new blocks, one a slot: from the first on that is worth less than what would have to leave for it,
-        they get none.
+        they get none. `older_than`: only blocks that were last used before this stamp may leave.
         """
         budget = self.budgets[WARM]
         found: list[Slot] = []
@@ -155,24 +143,28 @@ class Residency:
             budget.add(namespace.tenant, len(refs) * namespace.slot_bytes)
             if refs or (room > 0 and self.grow(namespace.tenant, namespace.slot_bytes)):
                 continue
-            if not self._make_way(namespace, missing, keys[len(found) :]):
-                break
-        return found
+            made, refused = self._make_way(namespace, missing, keys[len(found) :], older_than)
+            if not made:
+                return Taken(found, refused)
+        return Taken(found)
 
-    def _make_way(self, namespace: Namespace, blocks: int, keys: Sequence[bytes]) -> int:
-        """Drop up to `blocks` warm blocks for as many new ones; returns how many."""
-        order, allowed = self.warm_order(namespace), self._may_leave_warm
+    def _make_way(self, namespace: Namespace, blocks: int, keys: Sequence[bytes], older_than: int) -> tuple[int, bool]:
+        """Drop up to `blocks` warm blocks for as many new ones; returns how many, and whether a new one was refused."""
+        orders, allowed = self.orders, self._may_leave_warm
         for done in range(blocks):
-            victim = order.victim(allowed)
+            victim = orders.victim(namespace, WARM, allowed)
             if victim is None and self.budgets[WARM].over_own_limit(namespace.tenant, namespace.slot_bytes):
-                victim = self._oldest_of(namespace.tenant)  # what it is over by may lie in other classes
-            if victim is None or (keys and not order.admits(namespace, keys[done], victim)):
-                if not done:
-                    order.refuse(namespace, keys)
-                return done
+                victim = orders.oldest(
+                    WARM, allowed, (namespace.tenant,)
+                )  # what it is over by may lie in other classes
+            refused = victim is not None and bool(keys) and not orders.admits(namespace, keys[done], victim)
+            if victim is None or refused or victim.touched >= older_than:
+                if not done and keys:
+                    orders.of(namespace, WARM, namespace.level).refuse(namespace, keys)
+                return done, refused
             self.evict_warm(victim)
             self.pressed[(namespace.tenant, namespace.slot_bytes)] = None
-        return blocks
+        return blocks, False
 
     def gain_warm(self, block: Block, slot: Slot) -> None:
         """A filled slot becomes the block's warm copy."""
@@ -184,9 +176,34 @@ class Residency:
         self.counts[WARM].writes += 1
         if not saved:
             self.dirty[block] = None
-        self.warm_order(block.namespace).insert(block)
+        self.orders.insert(block, WARM)
+        above = block.parent
+        while above is not None and above.spare & WARM and not block.spare & WARM:  # it cannot leave before its child
+            self.settle_warm(above)
+            above = above.parent
         if block.copies != WARM:  # while it was filled, the copy that it came from had to stay
-            self.offer(block)
+            self.orders.offer(block)
+
+    def foresee(self, block: Block) -> None:
+        """Its slot is being filled on a hint."""
+        block.spare |= PREFETCHED
+        self.prefetched_bytes += slot_bytes(block)
+
+    def fetched(self, block: Block) -> bool:
+        """Somebody came for the block, or it is not there any more; returns whether it was loaded on a hint."""
+        foreseen = bool(block.spare & PREFETCHED)
+        if foreseen:
+            block.spare &= ~PREFETCHED
+            self.prefetched_bytes -= slot_bytes(block)
+        return foreseen
+
+    def settle_warm(self, block: Block) -> None:
+        """A block that came from below has earned its place; the copy that stays below is the first to go there."""
+        block.hits = 0
+        self.orders.set_spare(block, WARM, spare=False)
+        if block.copies & COLD:
+            self.orders.set_spare(block, COLD, spare=True)
+        self.counts[WARM].promotions += not block.copies & HOT
 
     def evict_warm(self, block: Block) -> None:
         """Drop a warm copy for room."""
@@ -209,10 +226,15 @@ class Residency:
         self.dirty.pop(block, None)
         if block.lossy and block.copies & COLD:
             block.checksum = block.lossy
-        self.warm_order(block.namespace).remove(block)
+        self.orders.remove(block, WARM)
+        if not block.spare & WARM:
+            block.hits = 0
+        self.fetched(block)
+        block.spare &= ~WARM
+        self.orders.set_spare(block, COLD, spare=False)
         if block in self._spared:
             del self._spared[block]
-            self.offer(block)
+            self.orders.offer(block)
 
     def is_ahead(self, block: Block) -> bool:
         """Whether the block counts in `ahead_bytes`."""
@@ -230,11 +252,7 @@ class Residency:
 
     def oldest_warm(self) -> Block | None:
         """The block whose warm copy would leave next, over all size classes."""
-        return _oldest(self._warm_orders.values(), self._may_leave_warm)
-
-    def _oldest_of(self, tenant: str) -> Block | None:
-        orders = [order for (owner, _), order in self._warm_orders.items() if owner == tenant]
-        return _oldest(orders, self._may_leave_warm)
+        return self.orders.oldest(WARM, self._may_leave_warm)
 
     def _may_leave_warm(self, block: Block) -> bool:
         slot = block.slot
@@ -252,16 +270,6 @@ class Residency:
 
     # -- hot and cold -----------------------------------------------------------------------------------------
 
-    def below_order(self, tier: int, tenant: str) -> EvictionPolicy:
-        """The order of a tenant's blocks in HOT or COLD.
-
-        One for each tenant, because an order drops what may not leave when it is asked.
-        """
-        order = self._below_orders.get((tier, tenant))
-        if order is None:
-            order = self._below_orders[tier, tenant] = self._policy(tier)
-        return order
-
     def gain_below(self, block: Block, tier: int, stored_bytes: int) -> None:
         """The block has a copy in HOT or COLD that takes `stored_bytes` there."""
         assert not block.copies & tier
@@ -275,8 +283,8 @@ class Residency:
             self.raw_cold_bytes += block.namespace.block_nbytes
         self.budgets[tier].add(block.namespace.tenant, stored_bytes)
         self.counts[tier].blocks += 1
-        self.below_order(tier, block.namespace.tenant).insert(block)
-        self.offer(block)
+        self.orders.insert(block, tier)
+        self.orders.offer(block)
 
     def drop_below(self, block: Block, tier: int, delete: bool = True) -> None:
         """A copy in HOT or COLD goes; `delete` says that the medium still has it."""
@@ -297,38 +305,42 @@ class Residency:
                 self.dirty[block] = None
         if tier == COLD:
             self._spared.pop(block, None)
-        self.below_order(tier, block.namespace.tenant).remove(block)
+        self.orders.remove(block, tier)
+        block.spare &= ~tier
 
-    def make_room_below(self, tier: int, tenant: str, nbytes: int, spare_warm: bool = False) -> bool:
-        """Drop the oldest copies of HOT or COLD until `nbytes` fit; False where they cannot.
+    def make_room_below(self, tier: int, tenant: str, nbytes: int, spare_ahead: bool = False) -> bool:
+        """Drop copies of HOT or COLD until `nbytes` fit; False where they cannot.
 
-        `spare_warm` leaves alone what is in warm too: to save one warm block in place of another gains nothing, and
-        a cold tier smaller than the warm one would be written over and over without end.
+        `spare_ahead` leaves alone what was saved while it is in warm still: to save one warm block in place of another
+        gains nothing, and a cold tier smaller than the warm one would be written over and over without end.
         """
         budget = self.budgets[tier]
         if not budget.fits(tenant, nbytes):
             return False  # all would leave for nothing
         while budget.missing(tenant, nbytes):
             # Over the tenant's own limit only its own blocks make room.
-            block = self._victim_below(tier, tenant if budget.over_own_limit(tenant, nbytes) else None, spare_warm)
+            own = budget.over_own_limit(tenant, nbytes)
+            asked = [tenant] if own else payers(budget.by_tenant, budget.capacity_bytes, tenant, nbytes)
+            found = (self._victim_below(tier, (payer,), spare_ahead) for payer in asked)
+            block = next((block for block in found if block is not None), None)
             if block is None:
                 return False
             self.evict_below(block, tier)
         return True
 
-    def _victim_below(self, tier: int, tenant: str | None, spare_warm: bool) -> Block | None:
-        if not spare_warm:
+    def _victim_below(self, tier: int, tenants: Collection[str] | None, spare_ahead: bool) -> Block | None:
+        if not spare_ahead:
             for block in self._spared:
-                self.offer(block)
+                self.orders.offer(block)
             self._spared.clear()
-        orders = self._below_orders.items()
-        chosen = [order for (kind, owner), order in orders if kind == tier and tenant in (None, owner)]
-        return _oldest(
-            chosen, lambda block: self._may_leave_below(block, tier) and not (spare_warm and self._spare(block))
+        return self.orders.oldest(
+            tier,
+            lambda block: self._may_leave_below(block, tier) and not (spare_ahead and self._spare(block)),
+            tenants,
         )
 
     def _spare(self, block: Block) -> bool:
-        if not block.copies & WARM:
+        if not self.is_ahead(block):
             return False
         self._spared[block] = None  # the order drops it now; it is offered again when it leaves warm
         return True
@@ -341,7 +353,7 @@ class Residency:
 
     def oldest_below(self, tier: int) -> Block | None:
         """The block whose copy in HOT or COLD would leave next."""
-        return self._victim_below(tier, None, spare_warm=False)
+        return self._victim_below(tier, None, spare_ahead=False)
 
     def _may_leave_below(self, block: Block, tier: int) -> bool:
         if block.saving or (block.slot is not None and block.slot.state == SlotState.FILLING):
@@ -372,13 +384,14 @@ class Residency:
     def reclaim_slab(self, tenant: str, slot_size: int, lender: ClassKey | None = None) -> int | None:
         """Empty a slab of another class (of `lender`, if given) and start to retire it; returns its id.
 
-        The engine unmaps it and calls `allocator.retired`. None where every such slab is in use.
+        The engine unmaps it and calls `allocator.retired`. None where every such slab is in use, or its tenant's share.
         """
+        asked = self._payers_warm(tenant, slot_size)
         for slab in self.allocator.donors(tenant, slot_size):
             if lender is not None and (slab.tenant, slab.geometry.slot_bytes) != lender:
                 continue
             slots = self.slots.in_slab(slab.slab_id)
-            if all(self._may_be_moved(slot) for slot in slots):
+            if (slab.tenant in asked or not slots) and all(self._may_be_moved(slot) for slot in slots):
                 for slot in slots:
                     if slot.state != SlotState.FREE:  # it may have gone with an earlier one's subtree
                         self._drop_with_subtree(slot)
@@ -392,15 +405,17 @@ class Residency:
         Without this a class that has a slab of its own would turn it over for ever beside memory that lies idle.
         """
         now = self._clock
-        ages = {}
-        for key, order in self._warm_orders.items():
-            victim = order.victim(self._may_leave_warm)
-            if victim is not None:
-                ages[key] = now - victim.touched
+        asked = self._payers_warm(*borrower)
+        idle = self.orders.idle_since(self._may_leave_warm)
+        ages = {place[1:]: now - stamp for place, stamp in idle.items() if place.tenant in asked}
         mine = ages.pop(borrower, 0)
         oldest = max(ages, key=ages.__getitem__, default=None)
         # By half as much again: two equally busy classes must not pass one slab to and fro.
         return oldest if oldest is not None and ages[oldest] > 1.5 * mine else None
+
+    def _payers_warm(self, tenant: str, slot_size: int) -> list[str]:
+        budget = self.budgets[WARM]
+        return payers(budget.by_tenant, budget.capacity_bytes, tenant, slot_size)
 
     def _may_be_moved(self, slot: Slot) -> bool:
         block = slot.owner
@@ -421,11 +436,6 @@ class Residency:
         else:
             self.dropped_unsaved += 1
             self.forget_all(block.subtree())
-
-
-def _oldest(orders: Iterable[EvictionPolicy], allowed: Callable[[Block], bool]) -> Block | None:
-    victims = [order.victim(allowed) for order in orders]
-    return min((block for block in victims if block is not None), key=lambda block: block.touched, default=None)
 
 
 def slot_bytes(block: Block) -> int:

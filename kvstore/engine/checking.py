@@ -116,14 +116,14 @@ class Checker:
                 self._cache.residency.drop_warm(block)
                 self._cache.index.lost(block)
             self._cache.slots.unpin(slot)
-            self._cache.residency.offer(block)
+            self._cache.residency.orders.offer(block)
         return good
 
     def _check_below(self, block: Block, tier: int) -> bool | None:
         with self._lock:
             if not block.copies & tier or not self._cache.residency.up[tier]:
                 return None
-            slots = self._cache.residency.take(block.namespace, 1, self)
+            slots = self._cache.residency.take(block.namespace, 1, self).slots
         if not slots:
             raise QuotaExceeded("no warm slot is free to read a block into; release leases and try again")
         outcome = self._mover.read_one(tier, block, slots[0])

@@ -29,8 +29,9 @@ def path(block: Block) -> Iterator[Block]:
 class Rival:
     """What the three share: they refuse nothing, and learn of uses from touches alone."""
 
-    def __init__(self, tier: int) -> None:
+    def __init__(self, tier: int, mark: int) -> None:
         self._tier = tier
+        self._mark = mark
         self._victim: Block | None = None  # what leaves otherwise was deleted and is no ghost
         self._peak = 0  # most blocks held: the capacity
         self._orphans: dict[Block, None] = {}
@@ -68,8 +69,8 @@ class Rival:
 class Lru2(Rival):
     """LRU-2 (O'Neil et al. 1993): the oldest last use but one leaves, what has only one use before all others."""
 
-    def __init__(self, tier: int) -> None:
-        super().__init__(tier)
+    def __init__(self, tier: int, mark: int) -> None:
+        super().__init__(tier, mark)
         self._entry = count()
         self._uses: dict[Block, tuple[int, int]] = {}  # last but one, last
         self._heap: list[tuple[int, int, int, int, Block]] = []
@@ -91,8 +92,8 @@ class Lru2(Rival):
 
     def offer(self, block: Block) -> None:
         """Give a block an entry."""
-        if block in self._uses and not block.queued & self._tier:
-            block.queued |= self._tier
+        if block in self._uses and not block.queued & self._mark:
+            block.queued |= self._mark
             heapq.heappush(self._heap, self._made(block))
 
     def victim(self, allowed: Callable[[Block], bool]) -> Block | None:
@@ -102,7 +103,7 @@ class Lru2(Rival):
             block = heap[0][4]
             if block not in self._uses:
                 heapq.heappop(heap)
-                block.queued &= ~self._tier
+                block.queued &= ~self._mark
             elif (made := self._made(block))[:3] != heap[0][:3]:
                 heapq.heapreplace(heap, made)
             elif self._free(block, allowed):
@@ -110,7 +111,7 @@ class Lru2(Rival):
                 return block
             else:
                 heapq.heappop(heap)
-                block.queued &= ~self._tier
+                block.queued &= ~self._mark
         return None
 
     def remove(self, block: Block) -> None:
@@ -132,8 +133,8 @@ class Lru2(Rival):
 class S3Fifo(Rival):
     """S3-FIFO (Yang et al. 2023): a small queue of a tenth, a main queue with up to three rounds, a ghost queue."""
 
-    def __init__(self, tier: int) -> None:
-        super().__init__(tier)
+    def __init__(self, tier: int, mark: int) -> None:
+        super().__init__(tier, mark)
         self._queues: tuple[OrderedDict[Block, None], ...] = (OrderedDict(), OrderedDict())  # small, main
         self._home: dict[Block, int] = {}  # which queue, also of blocks that cannot leave and stand in none
         self._uses: dict[Block, int] = {}
@@ -214,8 +215,8 @@ class S3Fifo(Rival):
 class Arc(Rival):
     """ARC (Megiddo and Modha 2003): used once and used again, balanced by what returns to either."""
 
-    def __init__(self, tier: int) -> None:
-        super().__init__(tier)
+    def __init__(self, tier: int, mark: int) -> None:
+        super().__init__(tier, mark)
         self._lists: tuple[OrderedDict[Block, None], ...] = (OrderedDict(), OrderedDict())
         self._ghosts: tuple[OrderedDict[bytes, None], ...] = (OrderedDict(), OrderedDict())
         self._home: dict[Block, int] = {}  # which list, also of blocks that cannot leave and stand in none

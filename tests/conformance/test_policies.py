@@ -33,7 +33,7 @@ class Side:
 
     def __init__(self, make: PolicyFactory, tier: int) -> None:
         self.tier = tier
-        self.policy = make(tier)
+        self.policy = make(tier, tier)
         self.space = Namespace(key("ns"), TENANT, PAGE, PAGE, 16, chain=True)
         self.blocks: list[Block] = []
         self.pinned: set[Block] = set()
@@ -111,8 +111,8 @@ class Fixed:
 
     candidate: Candidate
 
-    def __call__(self, tier: int) -> EvictionPolicy:
-        return Adaptive(tier, (self.candidate,))
+    def __call__(self, tier: int, mark: int) -> EvictionPolicy:
+        return Adaptive(tier, mark, (self.candidate,))
 
 
 # For leaf-first LRU: the oldest stamp, where an ancestor has the stamp of the latest use below it that has left.
@@ -261,7 +261,7 @@ def test_it_orders_one_tier_only(case: Case, tier: int) -> None:
 @tiers
 def test_orders_of_different_tiers_share_blocks(case: Case, tier: int) -> None:
     space = Namespace(key("ns"), TENANT, PAGE, PAGE, 16, chain=True)
-    orders = {each: case.make(each) for each in (HOT, WARM, COLD)}
+    orders = {each: case.make(each, each) for each in (HOT, WARM, COLD)}
     blocks: list[Block] = []
     for i in range(4):
         block = Block(space, key(i), blocks[-1] if blocks else None)

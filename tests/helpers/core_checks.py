@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from core_world import World
-from kvstore.core.block import COLD, HOT, WARM, Block, Namespace
+from kvstore.core.block import COLD, HOT, WARM, Block, Namespace, level_of, mark_of
 from kvstore.core.slots import Slot, SlotState
 
 FILLING, READY, RETIRING = SlotState.FILLING, SlotState.READY, SlotState.RETIRING
@@ -196,7 +196,8 @@ def check_orders(world: World) -> None:
                 continue
             free = residency._may_leave_warm(block) if tier == WARM else residency._may_leave_below(block, tier)
             spared = tier == COLD and block in residency._spared
-            assert not free or block.queued & tier or spared, "it may leave, and no order has it"
+            mark = mark_of(tier, level_of(block, tier))
+            assert not free or block.queued & mark or spared, "it may leave, and no order has it"
 
 
 def check_nothing_left(world: World) -> None:

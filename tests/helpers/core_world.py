@@ -156,6 +156,7 @@ class World:
     tenant_bytes: dict[int, dict[str, int]] = field(default_factory=dict)
     slab_bytes: int = 0  # nominal size of a slab; 0: one slab takes the whole pool
     promote_hits: int = 2
+    prefetch_share: float = 1.0
     now_s: float = 0.0
     may_grow: bool = True
     media: dict[int, dict[tuple[bytes, bytes], Record]] = field(default_factory=lambda: {HOT: {}, COLD: {}})
@@ -167,7 +168,7 @@ class World:
 
     def __post_init__(self) -> None:
         limits = Limits(self.warm_bytes, self.cold_bytes, self.hot_bytes, self.tenant_bytes)
-        self.cache = BlockCache(CacheConfig(limits, TTL_S, self.promote_hits), self.memory.set_generation)
+        self.cache = BlockCache(CacheConfig(limits, TTL_S, self.promote_hits, self.prefetch_share), self.memory.set_generation)
         self.cache.allocator.target_bytes = self.slab_bytes or self.warm_bytes
         self.cache.residency.grow = self.grow
         self.cache.residency.up[COLD] = self.cold_bytes > 0

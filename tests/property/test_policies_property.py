@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_run(policy: str, prompts: list[list[int]],
 @given(prompts=requests, warm=st.integers(1, 12), switches=st.lists(st.integers(0, 3), min_size=60, max_size=60))
 def test_any_switch_at_any_time_is_safe(prompts: list[list[int]], warm: int, switches: list[int]) -> None:
     simulator, blocks = Simulator({"warm": warm}, POLICIES["adaptive"]), {"warm": warm}
-    order = simulator.cache.residency.warm_order(simulator.namespace)
+    order = simulator.cache.residency.orders.of(simulator.namespace, WARM)
     for request, best in zip(trace_of(prompts).requests, switches, strict=False):
         order._shadows.best = best  # type: ignore[attr-defined]
         simulator.request(request)

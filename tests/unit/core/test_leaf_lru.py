@@ -21,7 +21,7 @@ class Order:
 
     def __init__(self, tier: int = WARM) -> None:
         self.tier = tier
-        self.lru = LeafLru(tier)
+        self.lru = LeafLru(tier, tier)
         self.clock = count(1)
         self.space = Namespace(key("ns"), TENANT, PAGE, PAGE, 16, chain=True)
         self.blocks: dict[str, Block] = {}

@@ -80,6 +80,7 @@ def test_a_saved_block_that_is_used_again_is_not_what_leaves_next() -> None:
     world.load_all()
     save_ahead(world)
     world.release(lease)
+    world.release(world.lease(space, chain(30)[:10]))
     saved = [number for number in range(75) if space.blocks[chain(1, f"young-{number}")[0]].copies & COLD]
     assert saved
     for number in saved:

@@ -445,20 +445,28 @@ def test_a_block_that_left_hot_is_promoted_again() -> None:
     check(world)
 
 
-def test_uses_while_it_lay_in_cold_count_for_a_promotion() -> None:
+def test_a_block_climbs_one_tier_after_the_other() -> None:
     world = hot_world()
     space = world.open()
     cool(world, space, chain(1))
-    for _ in range(3):
-        lease = world.lease(space, chain(1))
-        world.load_all()
-        world.release(lease)
-        world.cache.evict(WARM, PAGE)
+    block = space.blocks[chain(1)[0]]
+    read_and_drop(world, space)
     lease = world.lease(space, chain(1))
     world.load_all()
     world.release(lease)
-    world.release(world.lease(space, chain(1)))
+    assert not block.spare & WARM, "the second hit in cold"
+    assert world.promote_all() == 0
+    for _ in range(2):
+        world.release(world.lease(space, chain(1)))
     assert world.promote_all() == 1
+    check(world)
+
+
+def read_and_drop(world: World, space: Namespace) -> None:
+    lease = world.lease(space, chain(1))
+    world.load_all()
+    world.release(lease)
+    world.cache.evict(WARM, PAGE)
 
 
 def test_without_a_hot_tier_nothing_is_promoted(world: World) -> None:

@@ -113,20 +113,20 @@ def test_a_parent_is_never_evicted_before_its_children(world: World) -> None:
 
 def test_take_gives_no_more_than_there_is(world: World) -> None:
     space = world.open()
-    slots = world.cache.residency.take(space, 20, "owner")
+    slots = world.cache.residency.take(space, 20, "owner").slots
     assert len(slots) == 8
-    assert world.cache.residency.take(space, 1, "owner") == []
+    assert world.cache.residency.take(space, 1, "owner").slots == []
     for slot in slots:
         world.cache.residency.abandon(slot)
     check(world)
-    assert world.cache.residency.take(space, 0, "owner") == []
+    assert world.cache.residency.take(space, 0, "owner").slots == []
 
 
 def test_take_drops_no_more_than_it_must(world: World) -> None:
     space = world.open()
     for i in range(6):
         world.put(space, chain(1, i))
-    slots = world.cache.residency.take(space, 4, "owner")
+    slots = world.cache.residency.take(space, 4, "owner").slots
     assert len(slots) == 4
     assert world.cache.residency.counts[WARM].blocks == 4
     for slot in slots:
@@ -252,7 +252,7 @@ def test_a_class_does_not_reclaim_its_own_slabs() -> None:
 
 def test_a_slab_is_lent_by_the_class_that_has_been_idle_for_long() -> None:
     world = World(warm_bytes=2 * (PAGE + 4 * PAGE), slab_bytes=4 * PAGE)
-    idle, busy = world.open("idle", "a"), world.open("busy", "b")
+    idle, busy = world.open("idle"), world.open("busy", nbytes=2 * PAGE)
     world.put(idle, chain(4))
     for turn in range(30):
         world.put(busy, chain(4, turn))
@@ -337,5 +337,5 @@ def test_the_orders_stay_in_bound_under_put_and_clear_without_pressure() -> None
         world.delete_all()
     residency = world.cache.residency
     assert slots_of(world) == []
-    for order in (residency.warm_order(space), residency.below_order(COLD, space.tenant)):
+    for order in (residency.orders.of(space, WARM), residency.orders.of(space, COLD)):
         assert len(order._heap) <= 256  # type: ignore[attr-defined]
