@@ -21,7 +21,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from itertools import count
 
-from kvstore.core.block import Block, Namespace
+from kvstore.core.block import COLD, Block, Namespace
 from kvstore.core.ghosts import Ghosts
 from kvstore.core.leaf_lru import is_leaf
 from kvstore.core.shadows import FOREVER, GHOSTS, Candidate, Shadows, name_of
@@ -43,7 +43,9 @@ class Adaptive:
         self._once: list[tuple[int, int, Block]] = []
         self._again: list[tuple[int, int, Block]] = []
         self._ghosts = Ghosts()
-        self._shadows = Shadows(candidates)
+        # What a closed order does not let into cold need not be written: half of the writes for 0.2 points of hits.
+        closed = next((i for i, one in enumerate(candidates) if one.closed), None)
+        self._shadows = Shadows(candidates, closed if tier == COLD else None)
         self._live = 0
         self._full = False  # whether room was ever asked for
         self._capacity = 0

@@ -25,6 +25,7 @@ class Copies(IntFlag):
 # Plain ints: IntFlag arithmetic costs 20 times an int's, and these are tested for every block of every lease.
 HOT, WARM, COLD = int(Copies.HOT), int(Copies.WARM), int(Copies.COLD)
 
+REFUSED = 16  # in `spare` beside the tiers: it is not to be saved to cold
 PREFETCHED = 8  # in `spare` beside the tiers: its warm copy was loaded on a hint, and nobody has come for it yet
 
 # Who leaves first, see core.orders: the lowest.
@@ -45,7 +46,6 @@ class Block:
     """
 
     __slots__ = (
-        "ahead",
         "checksum",
         "copies",
         "depth",
@@ -84,7 +84,6 @@ class Block:
         self.spare = 0  # tiers whose copy leaves before all others
         self.reused = False  # used after it was stored, or back soon after it left; of a leaf: what hangs on it counts
         self.saving = False  # an agent is copying it to the cold tier
-        self.ahead = 0  # the residency's: since when it has been saved ahead of being dropped
         self.hits = 0
         self.orphan = False
         self.parent: Block | None = None

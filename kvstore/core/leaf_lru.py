@@ -23,9 +23,10 @@ _SLACK_ENTRIES = 256
 class LeafLru:
     """Leaf-first LRU over blocks that have a copy in `tier` (HOT, WARM or COLD)."""
 
-    def __init__(self, tier: int, mark: int) -> None:
-        """`mark`: the order's own bit in `Block.queued`."""
+    def __init__(self, tier: int, mark: int, is_free: Callable[[Block, int], bool] | None = None) -> None:
+        """`mark`: the order's own bit in `Block.queued`. `is_free`: whose turn it can be; None: leaves."""
         self._tier = tier
+        self._is_free = is_free or is_leaf
         self._mark = mark
         self._entry = count()
         self._heap: list[tuple[int, int, Block]] = []
@@ -55,7 +56,7 @@ class LeafLru:
             stands = block.stands(tier, mark)
             if stands and block.touched > stamp:
                 heapq.heapreplace(heap, (block.touched, next(self._entry), block))
-            elif stands and is_leaf(block, tier) and allowed(block):
+            elif stands and self._is_free(block, tier) and allowed(block):
                 return block
             else:
                 heapq.heappop(heap)
@@ -98,10 +99,15 @@ class LeafLru:
 
 
 def is_leaf(block: Block, tier: int) -> bool:
-    """Whether no child of the block has a copy in `tier`."""
+    """Whether no child of the block has a copy in `tier` that stays there (one that is not spare)."""
     child = block.first_child
     while child is not None:
-        if child.copies & tier:
+        if child.copies & ~child.spare & tier:
             return False
         child = child.next_sibling
     return True
+
+
+def is_bare(block: Block, tier: int) -> bool:
+    """Whether no child of the block has a copy in `tier`."""
+    return not any(child.copies & tier for child in block.children())

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container
-from itertools import chain, islice
+from itertools import islice
 from typing import NamedTuple
 
-from kvstore.core.block import COLD, HOT, WARM, Block
+from kvstore.core.block import COLD, HOT, REFUSED, WARM, Block
+from kvstore.core.lending import ClassKey
 from kvstore.core.reads import Reads
-from kvstore.core.residency import BelowRef, ClassKey, Residency, slot_bytes
+from kvstore.core.residency import BelowRef, Residency, slot_bytes
 from kvstore.core.slots import Slot, SlotState
 
 # A victim that was saved before it must go costs nothing to drop. The design asks for 5 % of warm; a burst of puts
 # that outruns the SSD for half a second needs more, and what is saved early is written once all the same.
-SAVE_AHEAD = 0.20
+SAVE_AHEAD = 0.10
 
-# Walked with the engine's lock held, at 50 ns a block.
-_PATH_MAX = 1024
+_LEAVE_BLOCKS = 256  # at a time, with the engine's lock held
 
 
 class Copy(NamedTuple):
@@ -40,15 +40,19 @@ class Moves:
         self._promoting: set[Block] = set()
 
     def wants_saving(self) -> bool:
-        """Whether too little of warm could be dropped for free."""
+        """Whether something that leaves warm has to be saved first, or too little is leaving."""
         residency = self._residency
         if not residency.up[COLD] or not residency.dirty:
             return False
-        budget = residency.budgets[WARM]
-        free = budget.capacity_bytes - budget.used_bytes
-        return free + residency.ahead_bytes + self._under_way_bytes < SAVE_AHEAD * budget.capacity_bytes
+        return len(residency.urgent) > len(self._put_off) or residency.leaving_bytes < self._leaving_wanted()
 
-    def begin_saves(self, count: int, nbytes: int, *, newest_first: bool = False) -> list[Copy]:
+    def _leaving_wanted(self) -> int:
+        """Bytes of warm that should be on their way out."""
+        budget = self._residency.budgets[WARM]
+        wanted = max(int(SAVE_AHEAD * budget.capacity_bytes), 2 * self._residency.demand_bytes)
+        return min(wanted, budget.capacity_bytes // 2) - (budget.capacity_bytes - budget.used_bytes)
+
+    def begin_saves(self, count: int, nbytes: int, now_s: float = 0.0, *, newest_first: bool = False) -> list[Copy]:
         """Up to `count` blocks of up to `nbytes` together (at least one), pinned until `saved`.
 
         There are two orders. In normal operation what is closest to eviction goes first: it must be below before its
@@ -66,12 +70,30 @@ class Moves:
             for block in found:
                 if batch and nbytes < slot_bytes(block):
                     return batch
+                if not self._admits(block, now_s, newest_first):
+                    self._residency.refuse_save(block)
+                    continue
                 if not self._reserve(COLD, block):
                     crowded.add(_class_of(block))
                     continue
                 nbytes -= slot_bytes(block)
                 batch.append(self._begin_save(block))
         return batch
+
+    def _admits(self, block: Block, now_s: float, wanted: bool) -> bool:
+        """Whether to write the block; `wanted`: an operator asked for all to be saved.
+
+        One that hangs on a refused block is refused as well: below it would be worth nothing, and keep the other from
+        leaving warm. One that has something below hanging on it is not refused, for it could never leave.
+        """
+        residency = self._residency
+        if any(child.saving or child.copies & COLD for child in block.children()):
+            wanted = True
+        elif block.parent is not None and block.parent.spare & REFUSED:
+            return False
+        if not wanted and not residency.admits_below(block):
+            return False
+        return residency.admission.admits(block, block.namespace.block_nbytes, now_s, wanted)
 
     def _begin_save(self, block: Block) -> Copy:
         slot = block.slot
@@ -83,24 +105,12 @@ class Moves:
         return Copy(block, slot)
 
     def _closest_to_leave(self, count: int, crowded: Container[ClassKey]) -> list[Block]:
-        """The prefix that the next victim ends, from its root on, then by last use as far as that is cheap to know.
-
-        `dirty` is in the order of puts and of uses, but the use of a prefix moves its leaf only, so what leaves next is
-        asked of the order itself. From the root on, because a leaf is worth nothing below without what it hangs on.
-        """
-        dirty = self._residency.dirty
-        path: list[Block] = []
-        victim = self._residency.oldest_warm()
-        while victim is not None and victim in dirty and len(path) < _PATH_MAX:
-            path.append(victim)
-            victim = victim.parent
-        found: dict[Block, None] = {}
-        for block in chain((b for b in reversed(path) if b not in self._put_off), dirty):
-            if len(found) == count:
-                break
-            if block not in found and self._may_save(block, crowded):
-                found[block] = None
-        return list(found)
+        """What leaves warm next, in that order. What the cold tier did not take goes last."""
+        residency = self._residency
+        residency.let_leave(self._leaving_wanted(), _LEAVE_BLOCKS)
+        leaving = [block for block in residency.urgent if self._may_save(block, crowded)]
+        leaving.sort(key=self._put_off.__contains__)
+        return leaving[:count]
 
     def _newest(self, count: int, crowded: Container[ClassKey]) -> list[Block]:
         """By last use, each with what is above it and not saved yet, from the root on."""
@@ -143,6 +153,7 @@ class Moves:
         block.saving = False
         self._under_way_bytes -= self._under_way.pop(_ref(block))
         self._end(COLD, copy)
+        residency.admission.settle(block.namespace.block_nbytes, stored_bytes or 0)
         if stored_bytes is None:
             residency.counts[COLD].write_failures += 1
             if block in residency.dirty:  # to the end: the others must not wait for it

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 from kvstore.core.block import COLD, HOT, NORMAL, PINNED, SPARE, WARM, Block, Namespace, level_of, mark_of
-from kvstore.core.leaf_lru import LeafLru
+from kvstore.core.leaf_lru import LeafLru, is_bare
 from kvstore.core.policy import EvictionPolicy, PolicyFactory
 
 TIERS = (HOT, WARM, COLD)
@@ -49,12 +49,18 @@ class Orders:
         if order is None:
             levels = self._places.setdefault(_place(namespace, tier), {})
             if level not in levels:
-                make = LeafLru if level in (SPARE, PINNED) else self._policy
-                levels[level] = make(tier, mark)
+                levels[level] = self._made(tier, level)
                 if list(levels) != sorted(levels):
                     self._places[_place(namespace, tier)] = dict(sorted(levels.items()))
             order = namespace.orders[mark] = levels[level]
         return order
+
+    def _made(self, tier: int, level: int) -> EvictionPolicy:
+        mark = mark_of(tier, level)
+        if level in (SPARE, PINNED):
+            # A cold copy below a warm one may go before its children: the prefix stays whole without it.
+            return LeafLru(tier, mark, _anywhere if (tier, level) == (COLD, SPARE) else is_bare)
+        return self._policy(tier, mark)
 
     def refer(self, namespace: Namespace, keys: bytes) -> None:
         """Packed keys of one prefix were found, or are about to be stored."""
@@ -116,10 +122,12 @@ class Orders:
         """The block to leave next in the place where the namespace's blocks are."""
         return _first(self._places.get(_place(namespace, tier), {}), allowed)
 
-    def oldest(self, tier: int, allowed: Allowed, tenants: Collection[str] | None = None) -> Block | None:
+    def oldest(
+        self, tier: int, allowed: Allowed, tenants: Collection[str] | None = None, level_min: int = SPARE
+    ) -> Block | None:
         """The block to leave next in all places of a tier, or of some tenants there: lowest level, then last use."""
         victims = [
-            _first(levels, allowed)
+            _first(levels, allowed, level_min)
             for place, levels in self._places.items()
             if place.tier == tier and (tenants is None or place.tenant in tenants)
         ]
@@ -138,21 +146,25 @@ class Orders:
                 stamps[place] = victim.touched
         return stamps
 
-    def admits(self, namespace: Namespace, key: bytes, victim: Block) -> bool:
-        """Whether a new block of the namespace is worth the place of a warm victim."""
-        level = level_of(victim, WARM)
+    def admits(self, namespace: Namespace, key: bytes, victim: Block, tier: int) -> bool:
+        """Whether a new block of the namespace is worth the place of a victim."""
+        level = level_of(victim, tier)
         if level != namespace.level:
             return level < namespace.level
-        return self.of(namespace, WARM, level).admits(namespace, key, victim)
+        return self.of(namespace, tier, level).admits(namespace, key, victim)
+
+
+def _anywhere(block: Block, tier: int) -> bool:
+    return True
 
 
 def _place(namespace: Namespace, tier: int) -> Place:
     return Place(tier, namespace.tenant, namespace.slot_bytes if tier == WARM else 0)
 
 
-def _first(levels: dict[int, EvictionPolicy], allowed: Allowed) -> Block | None:
-    for order in levels.values():  # from the lowest on
-        victim = order.victim(allowed)
+def _first(levels: dict[int, EvictionPolicy], allowed: Allowed, level_min: int = SPARE) -> Block | None:
+    for level, order in levels.items():  # from the lowest on
+        victim = order.victim(allowed) if level >= level_min else None
         if victim is not None:
             return victim
     return None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from kvstore.core.block import WARM, Block, Namespace
+from kvstore.core.block import COLD, WARM, Block, Namespace
 from kvstore.core.index import Index
 from kvstore.core.residency import Residency
 from kvstore.core.slots import Slot
@@ -49,6 +49,7 @@ class PutItem:
     status: PutStatus = PutStatus.REJECTED
     reason: Reject = Reject.NONE
     slot: Slot | None = None
+    passes: bool = False  # through warm, on its way to cold
     checksum: bytes = b""  # set by the engine once it copied and hashed
 
 
@@ -99,9 +100,12 @@ class Puts:
             return
         namespace, keys = plan.namespace, [item.key for item in wanted]
         self._residency.refer(namespace, b"".join(keys))
-        slots, refused = self._residency.take(namespace, len(keys), plan, keys)
-        for item, slot in zip(wanted, slots, strict=False):
+        if self._residency.up[COLD]:
+            self._residency.admission.missed(namespace, keys, self._residency.counts[COLD].blocks)
+        slots, refused, settled = self._residency.take(namespace, len(keys), plan, keys)
+        for number, (item, slot) in enumerate(zip(wanted, slots, strict=False)):
             item.slot = slot
+            item.passes = number >= settled
         if refused:
             self._refuse(plan, wanted[len(slots)], Reject.NOT_ADMITTED)
         elif len(slots) < len(wanted):
@@ -151,6 +155,8 @@ class Puts:
         block.checksum = item.checksum
         item.status = PutStatus.STORED
         self._residency.stamp(block)
+        if item.passes:
+            self._residency.pass_through(block)
         self._residency.gain_warm(block, slot)
 
     def _new_items(self, plan: PutPlan) -> list[PutItem]:

@@ -303,12 +303,15 @@ class Reads:
 
     def _count_load(self, block: Block) -> None:
         """A hit in a slower tier: with the first ones a block only passes through warm."""
+        if block.copies & COLD and not block.reused:
+            self._residency.admission.hit()
         block.hits += 1
         earned = block.hits >= self._promote_hits
+        self._residency.counts[WARM].promotions += earned and bool(block.copies & COLD)
         if earned and block.copies & WARM:
             self._residency.settle_warm(block)
         else:
-            self._residency.orders.set_spare(block, WARM, spare=not earned)
+            self._residency.set_leaving(block, leaving=not earned)
 
     def _complete(self, part: LeasePart, slots: list[Slot | None], group: AcquireGroup, tokens: int) -> int:
         """Reserve the slots that a part lacks; returns the tokens it can serve."""
@@ -326,6 +329,7 @@ class Reads:
             if block.copies & WARM and not block.spare & WARM:
                 block.hits += 1
                 if block.hits >= self._promote_hits and not block.copies & HOT:
+                    block.hits = 0
                     self.promotions[block] = None
 
     def _reserve(self, part: LeasePart, slots: list[Slot | None]) -> None:

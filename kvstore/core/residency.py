@@ -10,20 +10,23 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvstore.core.block import COLD, HOT, PREFETCHED, WARM, Block, Namespace
+from kvstore.core.admission import Admission
+from kvstore.core.block import COLD, HOT, PREFETCHED, REFUSED, SPARE, WARM, Block, Namespace
 from kvstore.core.budget import Budget
 from kvstore.core.fair import payers
 from kvstore.core.index import KEY_BYTES, Index
 from kvstore.core.leaf_lru import LeafLru
+from kvstore.core.lending import ClassKey, Lending
 from kvstore.core.orders import Orders
 from kvstore.core.policy import PolicyFactory
 from kvstore.core.slabs import SlabAllocator
 from kvstore.core.slots import Slot, SlotState, SlotTable
 
 _ANY_AGE = 1 << 62
+_DEMAND_FADES = 64  # calls
+_PASSED = 1 << 16  # hits: more than any number that has to be reached
 
 BelowRef = tuple[bytes, bytes]  # namespace digest, key
-ClassKey = tuple[str, int]  # tenant, slot bytes
 
 
 @dataclass(slots=True)
@@ -48,6 +51,7 @@ class Limits:
     hot_bytes: int = 0
     tenant_bytes: dict[int, dict[str, int]] = field(default_factory=dict)
     policy: PolicyFactory = LeafLru
+    cold_bytes_per_day: int = 0  # that may be written to cold; 0: no limit
 
 
 class Taken(NamedTuple):
@@ -55,6 +59,7 @@ class Taken(NamedTuple):
 
     slots: list[Slot]
     refused: bool = False
+    settled: int = 1 << 62
 
 
 class Residency:
@@ -64,7 +69,8 @@ class Residency:
         self.index = index
         self.slots = slots
         self.allocator = allocator
-        self._clock = 0  # references: blocks that were asked for or stored, whichever tier had them
+        self.admission = Admission(limits.cold_bytes_per_day)
+        self.clock = 0  # references: blocks that were asked for or stored, whichever tier had them
         self.budgets = {
             tier: Budget(capacity, limits.tenant_bytes.get(tier, {}))
             for tier, capacity in ((HOT, limits.hot_bytes), (WARM, limits.warm_bytes), (COLD, limits.cold_bytes))
@@ -75,15 +81,17 @@ class Residency:
         self.dirty: dict[
             Block, None
         ] = {}  # in warm and not in cold (hot forgets at every restart), by put or later use
-        # Warm blocks that the saver has saved ahead of what will be dropped. What was loaded from cold is clean too and
-        # does not count: it is younger than the blocks that leave next.
-        self.ahead_bytes = 0
-        self._ahead_epoch = 1
+        self.urgent: dict[Block, None] = {}  # those of them that leave next
+        self.demand_bytes = 0  # of the largest calls of late, for slots in warm
+        # Of warm blocks on their way out. What was loaded for one use is as free to go, and does not count: more often
+        # than not a lease has it.
+        self.leaving_bytes = 0
         self.dropped_unsaved = 0
         self.prefetched_bytes = 0  # loaded, or loading, on hints that nobody has followed up yet
         self.raw_cold_bytes = 0
         self.pressed: dict[ClassKey, None] = {}  # classes that dropped blocks of their own for room
         self.orders = Orders(limits.policy)
+        self.lending = Lending(self)
         self._spared: dict[Block, None] = {}  # cold copies passed over because they were saved ahead
         # Asked for a slab when a class has no free slot; the engine makes one at once, or says no.
         self.grow: Callable[[str, int], bool] = lambda tenant, slot_size: False
@@ -93,23 +101,29 @@ class Residency:
 
     def refer(self, namespace: Namespace, keys: bytes) -> None:
         """Packed keys of one prefix were found, or are about to be stored. `touch` and `stamp` come on top of it."""
-        self._clock += len(keys) // KEY_BYTES
+        self.clock += len(keys) // KEY_BYTES
         self.orders.refer(namespace, keys)
 
     def touch(self, block: Block, reused: bool = True) -> None:
         """Note a use of the prefix that ends with `block`; not `reused`: it must stay, and nobody has read it."""
         self.stamp(block)
-        if reused:
-            block.reused = True
         if block in self.dirty:
             del self.dirty[block]
             self.dirty[block] = None
+        if reused:
+            self._reuse(block)
         self.orders.touch(block)
+
+    def _reuse(self, block: Block | None) -> None:
+        """A block was used again, and what it hangs on with it: up to where that is known already."""
+        while block is not None and not block.reused:
+            block.reused = True
+            block = block.parent
 
     def stamp(self, block: Block) -> None:
         """Give a block its first stamp, above the orphans' 0."""
-        self._clock += 1
-        block.touched = self._clock
+        self.clock += 1
+        block.touched = self.clock
 
     def first_out(self, block: Block) -> None:
         """Make `block` the next to leave (orphans)."""
@@ -133,7 +147,9 @@ class Residency:
         they get none. `older_than`: only blocks that were last used before this stamp may leave.
         """
         budget = self.budgets[WARM]
+        self.demand_bytes = max(wanted * namespace.slot_bytes, self.demand_bytes - self.demand_bytes // _DEMAND_FADES)
         found: list[Slot] = []
+        settled = 1 << 62
         while len(found) < wanted:
             missing = wanted - len(found)
             over = budget.missing(namespace.tenant, missing * namespace.slot_bytes)
@@ -144,22 +160,26 @@ class Residency:
             if refs or (room > 0 and self.grow(namespace.tenant, namespace.slot_bytes)):
                 continue
             made, refused = self._make_way(namespace, missing, keys[len(found) :], older_than)
-            if not made:
-                return Taken(found, refused)
-        return Taken(found)
+            if made:
+                continue
+            if not refused or not self.up[COLD]:
+                return Taken(found, refused, settled)
+            settled, keys = len(found), ()
+        return Taken(found, settled=settled)
 
     def _make_way(self, namespace: Namespace, blocks: int, keys: Sequence[bytes], older_than: int) -> tuple[int, bool]:
         """Drop up to `blocks` warm blocks for as many new ones; returns how many, and whether a new one was refused."""
-        orders, allowed = self.orders, self._may_leave_warm
+        orders, allowed = self.orders, self.may_leave_warm
         for done in range(blocks):
             victim = orders.victim(namespace, WARM, allowed)
             if victim is None and self.budgets[WARM].over_own_limit(namespace.tenant, namespace.slot_bytes):
-                victim = orders.oldest(
-                    WARM, allowed, (namespace.tenant,)
-                )  # what it is over by may lie in other classes
-            refused = victim is not None and bool(keys) and not orders.admits(namespace, keys[done], victim)
+                # What it is over by may lie in other classes.
+                victim = orders.oldest(WARM, allowed, (namespace.tenant,))
+            refused = victim is not None and bool(keys) and not orders.admits(namespace, keys[done], victim, WARM)
+            if victim is None and older_than == _ANY_AGE and self.lending.force(namespace):
+                continue
             if victim is None or refused or victim.touched >= older_than:
-                if not done and keys:
+                if keys and not done:
                     orders.of(namespace, WARM, namespace.level).refuse(namespace, keys)
                 return done, refused
             self.evict_warm(victim)
@@ -176,6 +196,10 @@ class Residency:
         self.counts[WARM].writes += 1
         if not saved:
             self.dirty[block] = None
+        if block.spare & WARM:
+            self.leaving_bytes += slot_bytes(block) if block.hits >= _PASSED else 0
+            if not saved:
+                self.urgent[block] = None
         self.orders.insert(block, WARM)
         above = block.parent
         while above is not None and above.spare & WARM and not block.spare & WARM:  # it cannot leave before its child
@@ -198,19 +222,52 @@ class Residency:
         return foreseen
 
     def settle_warm(self, block: Block) -> None:
-        """A block that came from below has earned its place; the copy that stays below is the first to go there."""
+        """A block has earned its place, or stays after all; the copy that it has below is the first to go there."""
+        self.set_leaving(block, leaving=False)
         block.hits = 0
-        self.orders.set_spare(block, WARM, spare=False)
         if block.copies & COLD:
             self.orders.set_spare(block, COLD, spare=True)
-        self.counts[WARM].promotions += not block.copies & HOT
+        if block.spare & REFUSED:
+            block.spare &= ~REFUSED
+            self.dirty[block] = None
+
+    def _clean(self, block: Block) -> None:
+        """It need not be saved."""
+        self.dirty.pop(block, None)
+        self.urgent.pop(block, None)
+
+    def set_leaving(self, block: Block, leaving: bool) -> None:
+        """Say whether its warm copy, or the one that is being loaded, is among the first to go."""
+        if bool(block.spare & WARM) == leaving:
+            return
+        self.orders.set_spare(block, WARM, leaving)
+        if block.copies & WARM:
+            if block.hits >= _PASSED:
+                self.leaving_bytes += slot_bytes(block) if leaving else -slot_bytes(block)
+            self.urgent.pop(block, None)
+            if leaving and block in self.dirty:
+                self.urgent[block] = None
+
+    def let_leave(self, nbytes: int, count: int) -> None:
+        """Have the order say what leaves next, up to `count` blocks, until `nbytes` are leaving.
+
+        Only they are saved, and only they leave, so what is saved is what leaves. A hit until then brings a block back.
+        """
+        while self.leaving_bytes < nbytes and count > 0:
+            block = self.orders.oldest(WARM, self._is_idle, level_min=SPARE + 1)
+            if block is None:
+                return
+            block.hits = _PASSED
+            self.set_leaving(block, leaving=True)
+            count -= 1
 
     def evict_warm(self, block: Block) -> None:
         """Drop a warm copy for room."""
         self.counts[WARM].evictions += 1
-        if block.copies == WARM:
+        if block.spare & REFUSED:
+            self.admission.left(block)
+        elif block.copies == WARM:
             self.dropped_unsaved += 1
-            self._restart_ahead()
         self.drop_warm(block)
         self.index.lost(block)
 
@@ -222,39 +279,44 @@ class Residency:
         block.slot = None
         self.slots.retire(slot)
         self.counts[WARM].blocks -= 1
-        self._no_longer_ahead(block)
-        self.dirty.pop(block, None)
+        self._clean(block)
         if block.lossy and block.copies & COLD:
             block.checksum = block.lossy
         self.orders.remove(block, WARM)
-        if not block.spare & WARM:
+        if block.spare & WARM and block.hits >= _PASSED:
+            self.leaving_bytes -= slot_bytes(block)
+        if block.hits >= _PASSED or not block.spare & WARM:
             block.hits = 0
         self.fetched(block)
-        block.spare &= ~WARM
+        block.spare &= ~(WARM | REFUSED)
         self.orders.set_spare(block, COLD, spare=False)
         if block in self._spared:
             del self._spared[block]
             self.orders.offer(block)
 
-    def is_ahead(self, block: Block) -> bool:
-        """Whether the block counts in `ahead_bytes`."""
-        return block.ahead == self._ahead_epoch
+    def pass_through(self, block: Block) -> None:
+        """A new block that is not worth a place in warm, and is about to get its slot: it waits to be saved.
 
-    def _no_longer_ahead(self, block: Block) -> None:
-        if self.is_ahead(block):
-            block.ahead = 0
-            self.ahead_bytes -= slot_bytes(block)
+        A second use is enough for a place.
+        """
+        block.spare |= WARM
+        block.hits = _PASSED
 
-    def _restart_ahead(self) -> None:
-        """An unsaved block had to go: what was saved has been used since, and does not leave next."""
-        self._ahead_epoch += 1
-        self.ahead_bytes = 0
+    def refuse_save(self, block: Block) -> None:
+        """It is not worth a write: it may be dropped as it is, unless it is used again."""
+        self._clean(block)
+        block.spare |= REFUSED
 
     def oldest_warm(self) -> Block | None:
         """The block whose warm copy would leave next, over all size classes."""
-        return self.orders.oldest(WARM, self._may_leave_warm)
+        return self.orders.oldest(WARM, self.may_leave_warm)
 
-    def _may_leave_warm(self, block: Block) -> bool:
+    def _is_idle(self, block: Block) -> bool:
+        slot = block.slot
+        return slot is not None and not slot.pins
+
+    def may_leave_warm(self, block: Block) -> bool:
+        """Whether nothing holds its warm copy."""
         slot = block.slot
         if slot is None or slot.pins or block.saving:
             return False
@@ -274,9 +336,7 @@ class Residency:
         """The block has a copy in HOT or COLD that takes `stored_bytes` there."""
         assert not block.copies & tier
         if tier == COLD and block.copies & WARM:
-            self.dirty.pop(block, None)
-            block.ahead = self._ahead_epoch
-            self.ahead_bytes += slot_bytes(block)
+            self._clean(block)
         block.copies |= tier
         if tier == COLD:
             block.stored_bytes = stored_bytes
@@ -298,15 +358,26 @@ class Residency:
         self.counts[tier].blocks -= 1
         if delete:
             self.deletes[tier].append((block.namespace.digest, block.key))
-        if tier == COLD and block.copies & WARM:
-            self._no_longer_ahead(block)
-            if not block.degraded:  # which is never encoded again
-                block.lossy = b""
-                self.dirty[block] = None
+        if tier == COLD and block.copies & WARM and not block.degraded:  # which is never encoded again
+            block.lossy = b""
+            self.dirty[block] = None
+            if block.spare & WARM:
+                self.urgent[block] = None
         if tier == COLD:
             self._spared.pop(block, None)
         self.orders.remove(block, tier)
         block.spare &= ~tier
+
+    def admits_below(self, block: Block) -> bool:
+        """Whether the block is worth a place in cold, where its order says so once that is full."""
+        budget, namespace = self.budgets[COLD], block.namespace
+        if block.reused or not budget.missing(namespace.tenant, namespace.block_nbytes):
+            return True
+        victim = self._victim_below(COLD, (namespace.tenant,), spare_ahead=True)
+        if victim is None or self.orders.admits(namespace, block.key, victim, COLD):
+            return True
+        self.orders.of(namespace, COLD, namespace.level).refuse(namespace, (block.key,))
+        return False
 
     def make_room_below(self, tier: int, tenant: str, nbytes: int, spare_ahead: bool = False) -> bool:
         """Drop copies of HOT or COLD until `nbytes` fit; False where they cannot.
@@ -340,7 +411,7 @@ class Residency:
         )
 
     def _spare(self, block: Block) -> bool:
-        if not self.is_ahead(block):
+        if not block.copies & WARM or block.spare & COLD:
             return False
         self._spared[block] = None  # the order drops it now; it is offered again when it leaves warm
         return True
@@ -378,64 +449,6 @@ class Residency:
             dropped += bool(block.copies)
             self.forget(block)
         return dropped
-
-    # -- slabs ------------------------------------------------------------------------------------------------
-
-    def reclaim_slab(self, tenant: str, slot_size: int, lender: ClassKey | None = None) -> int | None:
-        """Empty a slab of another class (of `lender`, if given) and start to retire it; returns its id.
-
-        The engine unmaps it and calls `allocator.retired`. None where every such slab is in use, or its tenant's share.
-        """
-        asked = self._payers_warm(tenant, slot_size)
-        for slab in self.allocator.donors(tenant, slot_size):
-            if lender is not None and (slab.tenant, slab.geometry.slot_bytes) != lender:
-                continue
-            slots = self.slots.in_slab(slab.slab_id)
-            if (slab.tenant in asked or not slots) and all(self._may_be_moved(slot) for slot in slots):
-                for slot in slots:
-                    if slot.state != SlotState.FREE:  # it may have gone with an earlier one's subtree
-                        self._drop_with_subtree(slot)
-                self.allocator.retire(slab.slab_id)
-                return slab.slab_id
-        return None
-
-    def lender(self, borrower: ClassKey) -> ClassKey | None:
-        """A class whose next victim has been unused for much longer than the borrower's, or None.
-
-        Without this a class that has a slab of its own would turn it over for ever beside memory that lies idle.
-        """
-        now = self._clock
-        asked = self._payers_warm(*borrower)
-        idle = self.orders.idle_since(self._may_leave_warm)
-        ages = {place[1:]: now - stamp for place, stamp in idle.items() if place.tenant in asked}
-        mine = ages.pop(borrower, 0)
-        oldest = max(ages, key=ages.__getitem__, default=None)
-        # By half as much again: two equally busy classes must not pass one slab to and fro.
-        return oldest if oldest is not None and ages[oldest] > 1.5 * mine else None
-
-    def _payers_warm(self, tenant: str, slot_size: int) -> list[str]:
-        budget = self.budgets[WARM]
-        return payers(budget.by_tenant, budget.capacity_bytes, tenant, slot_size)
-
-    def _may_be_moved(self, slot: Slot) -> bool:
-        block = slot.owner
-        if slot.state != SlotState.READY or slot.pins or not isinstance(block, Block) or block.saving:
-            return False
-        if block.copies != WARM or block.first_child is None:
-            return True
-        return not any(
-            b.saving or (b.slot is not None and (b.slot.pins or b.slot.state != SlotState.READY))
-            for b in block.subtree()
-        )
-
-    def _drop_with_subtree(self, slot: Slot) -> None:
-        block = slot.owner
-        assert isinstance(block, Block)
-        if block.copies != WARM or block.first_child is None:
-            self.evict_warm(block)
-        else:
-            self.dropped_unsaved += 1
-            self.forget_all(block.subtree())
 
 
 def slot_bytes(block: Block) -> int:

@@ -22,6 +22,8 @@ _LEVELS = 256  # a key is sampled where its first byte is below the level
 _LEVEL_MIN = 3  # 1.2 %
 _HALF_LIFE = 4  # of what was counted, in capacities
 _DOUBT = 1.5  # standard deviations by which another order must lead
+THRIFT = 0.0015
+_EVIDENCE = 2.0  # standard deviations, as uses: there must be some that tell the two apart
 _HALVINGS_MAX = 64.0  # in one call: a prefix may be thousands of times longer than a tiny cache
 _RESCALE = 1e100
 
@@ -121,9 +123,13 @@ class Shadows:
     is followed once it leads by more of those than chance would give it (a sign test, with older uses counting less).
     """
 
-    def __init__(self, candidates: Sequence[Candidate]) -> None:
+    def __init__(self, candidates: Sequence[Candidate], thrifty: int | None = None) -> None:
+        """`thrifty`: the number of a candidate to follow where it costs at most THRIFT of all uses against the best."""
+        self._thrifty = thrifty
+        self._uses = 0.0
         self._shadows = [Shadow(candidate) for candidate in candidates]
         self.best = 0
+        self._leader = 0
         self._level = _LEVELS
         self._sampled = re.compile(b"[\\x00-\\xff]", re.DOTALL)
         self._half_life = 1.0
@@ -153,7 +159,9 @@ class Shadows:
             self._weight *= 2.0 ** min(_HALVINGS_MAX, len(keys) / KEY_BYTES / self._half_life)
             if self._weight > _RESCALE:
                 self._wins = [[count / self._weight for count in row] for row in self._wins]
+                self._uses /= self._weight
                 self._weight = 1.0
+        self._uses += len(found) * self._weight
         told = False
         for i in reversed(found):
             name = name_of(keys[i * KEY_BYTES : i * KEY_BYTES + 8], salt)
@@ -172,12 +180,21 @@ class Shadows:
                         wins[other] += self._weight
 
     def _choose(self) -> None:
-        wins, best, most = self._wins, self.best, 0.0
-        for other in range(len(wins)):
-            for_it, against = wins[other][best] / self._weight, wins[best][other] / self._weight
-            lead = for_it - against
-            if lead > most and lead > _DOUBT * math.sqrt(for_it + against):
-                self.best, most = other, lead
+        best, most = self._leader, 0.0
+        for other in range(len(self._wins)):
+            lead, doubt = self._lead(other, best)
+            if lead > most and lead > _DOUBT * doubt:
+                self._leader, most = other, lead
+        self.best = self._leader
+        if self._thrifty is not None:
+            lead, doubt = self._lead(self._leader, self._thrifty)
+            if doubt >= _EVIDENCE and lead <= THRIFT * self._uses / self._weight:
+                self.best = self._thrifty
+
+    def _lead(self, one: int, other: int) -> tuple[float, float]:
+        """How many more uses `one` hit, and the standard deviation that chance alone would give."""
+        for_it, against = self._wins[one][other] / self._weight, self._wins[other][one] / self._weight
+        return for_it - against, math.sqrt(for_it + against)
 
     def _sample(self, blocks: int) -> None:
         """Sample the larger of 1 % and enough for SHADOW_BLOCKS blocks of a shadow."""

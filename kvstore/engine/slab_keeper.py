@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from kvstore.core.block import Namespace
 from kvstore.core.cache import BlockCache
-from kvstore.core.residency import ClassKey
+from kvstore.core.lending import ClassKey
 from kvstore.core.slabs import Slab
 from kvstore.engine.guarded import guarded
 from kvstore.protocol.slab import SlabGeometry
@@ -80,7 +80,7 @@ class SlabKeeper:
         pressed = self._cache.residency.pressed
         while pressed:
             key, _ = pressed.popitem()
-            lender = None if key in self._starving else self._cache.residency.lender(key)
+            lender = None if key in self._starving else self._cache.residency.lending.lender(key)
             if lender is not None:
                 self._starving[key] = Need(1, lender)
                 self._wake.set()
@@ -163,7 +163,9 @@ class SlabKeeper:
         with self._lock:
             need = self._starving[key]
             done = allocator.free_slots(*key) >= need.slots
-            reclaimed = None if done or self._can_plan(key) else self._cache.residency.reclaim_slab(*key, need.lender)
+            reclaimed = (
+                None if done or self._can_plan(key) else self._cache.residency.lending.reclaim_slab(*key, need.lender)
+            )
         if reclaimed is not None:
             self._drop(reclaimed)
         made = not done and self._make(key)

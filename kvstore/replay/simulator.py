@@ -90,7 +90,7 @@ class Simulator:
         if lease is not None:
             reads.leases.release(lease)
         if self._tiered:
-            self._move()
+            self._move(request.time_s)
         self._count(request, found, block_tokens)
         return found
 
@@ -126,10 +126,10 @@ class Simulator:
             else:
                 reads.load_failed(block, 0)
 
-    def _move(self) -> None:
+    def _move(self, now_s: float) -> None:
         """Save and promote until nothing wants to move."""
         moves, residency = self.cache.moves, self.cache.residency
-        while moves.wants_saving() and (batch := moves.begin_saves(_SAVE_BLOCKS, 1 << 62)):
+        while moves.wants_saving() and (batch := moves.begin_saves(_SAVE_BLOCKS, 1 << 62, now_s)):
             for copy in batch:
                 moves.saved(copy, PAGE_BYTES)
             self.counts.move("warm", "cold", len(batch))

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from core_world import World
-from kvstore.core.block import COLD, HOT, WARM, Block, Namespace, level_of, mark_of
+from kvstore.core.block import COLD, HOT, REFUSED, WARM, Block, Namespace, level_of, mark_of
+from kvstore.core.residency import _PASSED
 from kvstore.core.slots import Slot, SlotState
 
 FILLING, READY, RETIRING = SlotState.FILLING, SlotState.READY, SlotState.RETIRING
@@ -130,10 +131,13 @@ def check_clean(world: World, blocks: list[Block]) -> None:
     """What is saved and what is not."""
     residency = world.cache.residency
     warm = [block for block in blocks if block.copies & WARM]
-    assert set(residency.dirty) == {block for block in warm if not block.copies & COLD and not block.degraded}
-    ahead = [block for block in blocks if residency.is_ahead(block)]
-    assert all(block.copies & WARM and block.copies & COLD for block in ahead)
-    assert residency.ahead_bytes == sum(block.namespace.slot_bytes for block in ahead)
+    unsaved = [block for block in warm if not block.copies & COLD and not block.degraded]
+    assert set(residency.dirty) == {block for block in unsaved if not block.spare & REFUSED}
+    leaving = [block for block in warm if block.spare & WARM]
+    counted = [block for block in leaving if block.hits >= _PASSED]
+    assert residency.leaving_bytes == sum(block.namespace.slot_bytes for block in counted)
+    assert set(residency.urgent) == {block for block in leaving if block in residency.dirty}
+    assert all(block.copies & WARM for block in blocks if block.spare & REFUSED)
     cold = [block for block in blocks if block.copies & COLD]
     assert residency.raw_cold_bytes == sum(block.namespace.block_nbytes for block in cold)
 
@@ -194,7 +198,7 @@ def check_orders(world: World) -> None:
         for tier in (HOT, WARM, COLD):
             if not block.copies & tier or any(child.copies & tier for child in block.children()):
                 continue
-            free = residency._may_leave_warm(block) if tier == WARM else residency._may_leave_below(block, tier)
+            free = residency.may_leave_warm(block) if tier == WARM else residency._may_leave_below(block, tier)
             spared = tier == COLD and block in residency._spared
             mark = mark_of(tier, level_of(block, tier))
             assert not free or block.queued & mark or spared, "it may leave, and no order has it"
@@ -206,7 +210,7 @@ def check_nothing_left(world: World) -> None:
     assert slots_of(world) == []
     assert [b.used_bytes for b in residency.budgets.values()] == [0, 0, 0]
     assert [b.by_tenant for b in residency.budgets.values()] == [{}, {}, {}]
-    assert residency.ahead_bytes == residency.raw_cold_bytes == 0
+    assert residency.leaving_bytes == residency.prefetched_bytes == residency.raw_cold_bytes == 0
     assert not residency.dirty
     assert all(not namespace.blocks for namespace in namespaces(world))
     assert world.cache.index.orphans == 0

@@ -363,7 +363,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.world.cache.allocator.retired(self.retiring.pop())
             return
         space = self.spaces[name]
-        slab_id = self.world.cache.residency.reclaim_slab(space.tenant, space.slot_bytes)
+        slab_id = self.world.cache.residency.lending.reclaim_slab(space.tenant, space.slot_bytes)
         if slab_id is not None:
             self.see("reclaimed")
             assert not self.world.cache.slots.in_slab(slab_id)

@@ -168,7 +168,8 @@ class World:
 
     def __post_init__(self) -> None:
         limits = Limits(self.warm_bytes, self.cold_bytes, self.hot_bytes, self.tenant_bytes)
-        self.cache = BlockCache(CacheConfig(limits, TTL_S, self.promote_hits, self.prefetch_share), self.memory.set_generation)
+        config = CacheConfig(limits, TTL_S, self.promote_hits, self.prefetch_share)
+        self.cache = BlockCache(config, self.memory.set_generation)
         self.cache.allocator.target_bytes = self.slab_bytes or self.warm_bytes
         self.cache.residency.grow = self.grow
         self.cache.residency.up[COLD] = self.cold_bytes > 0
@@ -302,9 +303,9 @@ class World:
             count += 1
         return count
 
-    def start_saves(self, count: int = 8, nbytes: int = 1 << 30) -> list[Save]:
+    def start_saves(self, count: int = 8, nbytes: int = 1 << 30, flush: bool = True) -> list[Save]:
         """The saver takes a batch; what made room for it is deleted before anything is written."""
-        return self._started(self.cache.moves.begin_saves(count, nbytes), COLD)
+        return self._started(self.cache.moves.begin_saves(count, nbytes, self.now_s, newest_first=flush), COLD)
 
     def start_promotions(self, count: int = 8) -> list[Save]:
         """The saver takes a batch for the hot tier."""

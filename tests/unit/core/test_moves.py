@@ -33,17 +33,15 @@ def test_saving_starts_before_warm_is_full_of_what_is_saved_nowhere() -> None:
         stored += 1
     free = world.warm_bytes - stored * PAGE
     assert SAVE_AHEAD * world.warm_bytes - PAGE <= free < SAVE_AHEAD * world.warm_bytes
-    while world.cache.moves.wants_saving():
-        for save in world.start_saves(4):
-            world.end_save(save)
-    assert world.cache.residency.ahead_bytes <= 8 * PAGE
+    save_ahead(world)
+    assert world.cache.residency.leaving_bytes <= 2 * PAGE
     check(world)
 
 
 def save_ahead(world: World) -> None:
     """What the saver does when it is woken."""
     while world.cache.moves.wants_saving():
-        for save in world.start_saves(4):
+        for save in world.start_saves(4, flush=False):
             world.end_save(save)
 
 
@@ -73,22 +71,25 @@ def test_what_reads_bring_in_does_not_put_the_saver_to_sleep() -> None:
     assert all(world.match(space, chain(1, f"young-{number}")) for number in range(75))
 
 
-def test_a_saved_block_that_is_used_again_is_not_what_leaves_next() -> None:
-    """What was saved ahead and then read stays: the first unsaved block that has to go wakes the saver again."""
-    world, space = world_with_old_blocks()
-    lease = world.lease(space, chain(30)[:10])
-    world.load_all()
+def test_a_block_on_its_way_out_that_is_used_again_stays() -> None:
+    """It was saved ahead. With the next use others leave instead, and its copy below is the first to go there."""
+    world = World(warm_bytes_for(40), cold_bytes=400 * PAGE)
+    space = world.open()
+    for number in range(40):
+        world.put(space, chain(1, number))
     save_ahead(world)
-    world.release(lease)
-    world.release(world.lease(space, chain(30)[:10]))
-    saved = [number for number in range(75) if space.blocks[chain(1, f"young-{number}")[0]].copies & COLD]
-    assert saved
-    for number in saved:
-        world.match(space, chain(1, f"young-{number}"))
-    for number in range(20):
+    out = [space.blocks[chain(1, number)[0]] for number in range(4)]
+    assert all(block.spare & WARM and block.copies & COLD for block in out)
+    for number in range(4):
+        world.release(world.lease(space, chain(1, number)))
+    assert all(not block.spare & WARM and block.spare & COLD for block in out)
+    save_ahead(world)
+    for number in range(4):
         world.put(space, chain(1, f"new-{number}"))
-    assert world.cache.residency.dropped_unsaved > 0
-    assert world.cache.moves.wants_saving()
+    assert all(block.copies & WARM for block in out)
+    assert world.cache.residency.dropped_unsaved == 0
+    assert world.cache.evict(COLD, PAGE) == (1, PAGE)
+    assert sum(not block.copies & COLD for block in out) == 1
     check(world)
 
 
@@ -109,11 +110,15 @@ def test_the_oldest_is_saved_first(world: World) -> None:
     space = world.open()
     for name in "abc":
         world.put(space, chain(2, name))
-    batch = world.start_saves(3)
-    assert [save.copy.block.key for save in batch] == [*chain(2, "a"), chain(1, "b")[0]]
-    for save in batch:
+    order = [*reversed(chain(2, "a")), *reversed(chain(2, "b"))]
+    for name in order:
+        world.cache.residency.let_leave(world.cache.residency.leaving_bytes + PAGE, 1)
+        (save,) = world.start_saves(3, flush=False)
+        assert save.copy.block.key == name
         world.end_save(save)
-    assert [save.copy.block.key for save in world.start_saves(3)] == [chain(2, "b")[1], *chain(2, "c")]
+    for name in order:
+        assert world.cache.evict(WARM, PAGE) == (1, PAGE)
+        assert tiers_of(space.blocks[name]) == "cold", "what was saved is what leaves"
     check(world)
 
 
@@ -144,7 +149,6 @@ def test_what_is_saved_is_dropped_for_nothing(world: World) -> None:
     space = world.open()
     world.put(space, chain(8))
     world.save_all()
-    assert world.cache.residency.ahead_bytes == 8 * PAGE
     world.put(space, chain(8, "b"))
     assert world.cache.residency.dropped_unsaved == 0
     assert world.match(space, chain(8)) == 8
@@ -363,7 +367,9 @@ def test_a_cold_tier_smaller_than_warm_is_not_written_over_and_over() -> None:
     assert world.cache.moves.wants_saving()
     assert world.save_all() == 3  # and then no more, though most of warm is unsaved
     check(world)
-    world.cache.evict(WARM, 2 * PAGE)
+    world.cache.evict(WARM, 7 * PAGE)
+    world.put(space, chain(1, "a"))
+    world.put(space, chain(1, "b"))
     assert world.save_all() == 2  # in place of what has left warm since
     check(world)
     check_media(world)
@@ -449,7 +455,7 @@ def test_cleared_blocks_are_not_saved(world: World) -> None:
 def test_a_save_over_a_clear_keeps_the_epoch_of_its_bytes(world: World) -> None:
     space = world.open()
     world.put(space, chain(1))
-    (copy,) = world.cache.moves.begin_saves(1, PAGE)
+    (copy,) = world.cache.moves.begin_saves(1, PAGE, newest_first=True)
     world.cache.clear(space)
     assert (copy.block.epoch, space.epoch) == (0, 1)
     world.cache.moves.saved(copy, PAGE)

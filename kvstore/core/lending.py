@@ -1,0 +1,93 @@
+"""Memory that changes hands: slabs from one class to another, and what has to give way where nothing else may."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from kvstore.core.block import WARM, Block, Namespace
+from kvstore.core.fair import payers
+from kvstore.core.slots import Slot, SlotState
+
+if TYPE_CHECKING:
+    from kvstore.core.residency import Residency
+
+_FORCE_LOOK = 1024  # blocks, with the engine's lock held
+
+ClassKey = tuple[str, int]  # tenant, slot bytes
+
+
+class Lending:
+    """Finds whole slabs, or single blocks, that can be emptied although they are not the next victims."""
+
+    def __init__(self, residency: Residency) -> None:
+        self._residency = residency
+
+    def reclaim_slab(self, tenant: str, slot_size: int, lender: ClassKey | None = None) -> int | None:
+        """Empty a slab of another class (of `lender`, if given) and start to retire it; returns its id.
+
+        The engine unmaps it and calls `allocator.retired`. None where every such slab is in use, or its tenant's share.
+        """
+        asked = self._payers_warm(tenant, slot_size)
+        for slab in self._residency.allocator.donors(tenant, slot_size):
+            if lender is not None and (slab.tenant, slab.geometry.slot_bytes) != lender:
+                continue
+            slots = self._residency.slots.in_slab(slab.slab_id)
+            if (slab.tenant in asked or not slots) and all(self._may_be_moved(slot) for slot in slots):
+                for slot in slots:
+                    if slot.state != SlotState.FREE:  # it may have gone with an earlier one's subtree
+                        self._drop_with_subtree(slot)
+                self._residency.allocator.retire(slab.slab_id)
+                return slab.slab_id
+        return None
+
+    def lender(self, borrower: ClassKey) -> ClassKey | None:
+        """A class whose next victim has been unused for much longer than the borrower's, or None.
+
+        Without this a class that has a slab of its own would turn it over for ever beside memory that lies idle.
+        """
+        now = self._residency.clock
+        asked = self._payers_warm(*borrower)
+        idle = self._residency.orders.idle_since(self._residency.may_leave_warm)
+        ages = {place[1:]: now - stamp for place, stamp in idle.items() if place.tenant in asked}
+        mine = ages.pop(borrower, 0)
+        oldest = max(ages, key=ages.__getitem__, default=None)
+        # By half as much again: two equally busy classes must not pass one slab to and fro.
+        return oldest if oldest is not None and ages[oldest] > 1.5 * mine else None
+
+    def _payers_warm(self, tenant: str, slot_size: int) -> list[str]:
+        budget = self._residency.budgets[WARM]
+        return payers(budget.by_tenant, budget.capacity_bytes, tenant, slot_size)
+
+    def _may_be_moved(self, slot: Slot) -> bool:
+        block = slot.owner
+        if slot.state != SlotState.READY or slot.pins or not isinstance(block, Block) or block.saving:
+            return False
+        if block.copies != WARM or block.first_child is None:
+            return True
+        return not any(
+            b.saving or (b.slot is not None and (b.slot.pins or b.slot.state != SlotState.READY))
+            for b in block.subtree()
+        )
+
+    def _drop_with_subtree(self, slot: Slot) -> None:
+        block = slot.owner
+        assert isinstance(block, Block)
+        if block.copies != WARM or block.first_child is None:
+            self._residency.evict_warm(block)
+        else:
+            self._residency.dropped_unsaved += 1
+            self._residency.forget_all(block.subtree())
+
+    def force(self, namespace: Namespace) -> bool:
+        """Drop a block that has to be saved first, with what hangs on it below: cold is down, or takes nothing.
+
+        Else warm would stay full of parents whose children are in cold until that is mended.
+        """
+        for block in islice(self._residency.dirty, _FORCE_LOOK):
+            slot, other = block.slot, block.namespace
+            fits = (other.tenant, other.slot_bytes) == (namespace.tenant, namespace.slot_bytes)
+            if fits and slot is not None and self._may_be_moved(slot):
+                self._drop_with_subtree(slot)
+                return True
+        return False
