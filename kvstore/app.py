@@ -19,8 +19,10 @@ import click
 
 from kvstore import runtime
 from kvstore.config import Config
+from kvstore.core.adaptive import Adaptive
 from kvstore.core.block import COLD, HOT, WARM
 from kvstore.core.leaf_lru import LeafLru
+from kvstore.core.policy import PolicyFactory
 from kvstore.engine.store import Store, StoreConfig
 from kvstore.engine.supervisor import AgentSupervisor
 from kvstore.machine import Machine
@@ -37,6 +39,8 @@ _CALLS_GRACE_S = 1.0
 # A signal may be given to any thread, as to one that woke before this one after a SIGSTOP, and Python's handler waits
 # for the main thread to run.
 _SIGNAL_POLL_S = 1.0
+
+_POLICIES: dict[str, PolicyFactory] = {"adaptive": Adaptive, "leaf-lru": LeafLru}
 
 _log = logging.getLogger("kvstore")
 
@@ -200,7 +204,9 @@ def _store_config(config: Config) -> StoreConfig:
         cold_bytes=config.cold_bytes,
         hot_bytes=config.hot_bytes,
         tenant_bytes=quotas,
-        policy=LeafLru,
+        policy=_POLICIES[config.policy],
+        promote_hits=config.promote_hits,
+        cold_bytes_per_day=config.cold_daily_bytes,
         lease_ttl_s=config.lease_ttl_s,
         staging_max_bytes=config.staging_max_bytes,
         staging_total_bytes=config.staging_total_bytes,

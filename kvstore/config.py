@@ -46,6 +46,7 @@ _STAGING_TOTAL_DEFAULT = 2 * GIB
 _LEASE_TTL_S = 30.0
 _AGENT_TIMEOUT_S = 30.0
 _SYNC_INTERVAL_S = 1.0
+_PROMOTE_HITS = 2
 _DRAIN_GRACE_S = 20.0  # below the 30 s that Kubernetes waits before it kills
 
 
@@ -79,6 +80,9 @@ class Config:
     staging_max_bytes: int
     staging_total_bytes: int
     max_sessions: int
+    policy: str
+    promote_hits: int
+    cold_daily_bytes: int
     tenants: tuple[Tenant, ...]
     notes: tuple[str, ...] = ()
 
@@ -119,6 +123,8 @@ class Config:
             f"in all; at most {self.max_sessions} sessions",
             f"codec {self.codec}, {self.reader_threads} reader threads, {self._durability()}; drains for "
             f"{self.drain_grace_s:g} s",
+            f"order {self.policy}; a place in a faster tier after {self.promote_hits} hits below; at most "
+            f"{format_size(self.cold_daily_bytes) if self.cold_daily_bytes else 'any number of bytes'} a day to cold",
             f"a lease ends {self.lease_ttl_s:g} s after its session's last sign of life; an agent that does not answer "
             f"for {self.agent_timeout_s:g} s is replaced",
             *(_describe_tenant(tenant) for tenant in self.tenants),
@@ -248,6 +254,9 @@ class _Settling:
             staging_total_bytes=asked.staging_total_bytes
             or max(staging_max_bytes, min(_STAGING_TOTAL_DEFAULT, 4 * staging_max_bytes)),
             max_sessions=asked.max_sessions or 256,
+            policy=asked.policy or "adaptive",
+            promote_hits=asked.promote_hits or _PROMOTE_HITS,
+            cold_daily_bytes=asked.cold_daily_bytes or 0,
             tenants=self._tenants(warm_bytes, cold_bytes),
             notes=tuple(self._notes),
         )

@@ -19,6 +19,7 @@ from kvstore.sizes import MIB, format_size, parse_size
 LOG_LEVELS = ("debug", "info", "warning", "error")
 CODECS = ("auto", "raw", "exphuf")
 KERNELS = ("auto", "numpy", "numba")
+POLICIES = ("adaptive", "leaf-lru")
 DURABILITIES = ("none", "interval", "commit")
 WARM_BYTES_MIN = MIB  # a pool that cannot hold one block of any real model only looks like a broken one
 COLD_BYTES_MIN = 16 * MIB
@@ -71,6 +72,9 @@ class Settings:
     staging_max_bytes: int | None = None
     staging_total_bytes: int | None = None
     max_sessions: int | None = None
+    policy: str | None = None
+    promote_hits: int | None = None
+    cold_daily_bytes: int | None = None
     tenants: tuple[Tenant, ...] | None = None
 
     @classmethod
@@ -284,5 +288,8 @@ _PARSERS: dict[str, Callable[[object], Any]] = {
     "staging_max_bytes": _size_from(STAGING_BYTES_MIN),
     "staging_total_bytes": _size_from(STAGING_BYTES_MIN),
     "max_sessions": _whole(1, 4096),
+    "policy": _choice(*POLICIES),
+    "promote_hits": _whole(1, 1000),
+    "cold_daily_bytes": _size_from(MIB, zero="the limit"),
     "tenants": _tenants,
 }

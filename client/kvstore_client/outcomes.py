@@ -31,6 +31,7 @@ class RejectReason(IntEnum):
     UNAVAILABLE = 7  # no daemon (said by a fail-open client)
     DRAINING = 8  # the daemon is shutting down
     CLEARED = 9  # the namespace was cleared meanwhile
+    NOT_ADMITTED = 10  # worth less than what would have to leave; stored if it is put again soon
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,8 +45,8 @@ def main(context: click.Context, /, config_file: str | None, **flags: str | None
     Prints one line with its address when it is ready, and its log on stderr. SIGTERM drains it.
 
     Every flag can stand in the configuration file as well (warm_bytes = "8GiB"). Only there: drain_grace_s,
-    reader_threads, codec, staging_max_bytes, staging_total_bytes, max_sessions, and tables [tenants.NAME] with uids,
-    gids, warm_bytes, cold_bytes.
+    reader_threads, codec, staging_max_bytes, staging_total_bytes, max_sessions, policy, promote_hits, cold_daily_bytes,
+    and tables [tenants.NAME] with uids, gids, warm_bytes, cold_bytes.
     """
     try:
         config = load(flags, config_file)

@@ -28,6 +28,7 @@ _RESERVE = 0.5  # of the burst: below it only what was used again is written
 class AdmissionCounts:
     """Blocks that were not saved, and why."""
 
+    refused_order: int = 0
     refused_first_use: int = 0
     refused_budget: int = 0
 

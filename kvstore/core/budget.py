@@ -23,6 +23,11 @@ class Budget:
             over = max(over, self.by_tenant.get(tenant, 0) + nbytes - limit)
         return max(0, over)
 
+    @property
+    def free_bytes(self) -> int:
+        """What nobody has."""
+        return max(0, self.capacity_bytes - self.used_bytes)
+
     def fits(self, tenant: str, nbytes: int) -> bool:
         """Whether `tenant` could add `nbytes` if everything else left."""
         return nbytes <= min(self.capacity_bytes, self.tenant_limits.get(tenant, self.capacity_bytes))

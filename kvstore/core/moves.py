@@ -110,7 +110,16 @@ class Moves:
         residency.let_leave(self._leaving_wanted(), _LEAVE_BLOCKS)
         leaving = [block for block in residency.urgent if self._may_save(block, crowded)]
         leaving.sort(key=self._put_off.__contains__)
-        return leaving[:count]
+        if residency.budgets[COLD].free_bytes < residency.budgets[WARM].capacity_bytes:
+            return leaving[:count]
+        # A leaf is worth nothing after a crash without what it hangs on. As long as there is room for it all.
+        found: dict[Block, None] = {}
+        for block in leaving[:count]:
+            path = [block]
+            while (above := path[-1].parent) is not None and above not in found and self._may_save(above, crowded):
+                path.append(above)
+            found.update(dict.fromkeys(reversed(path)))
+        return list(islice(found, count))
 
     def _newest(self, count: int, crowded: Container[ClassKey]) -> list[Block]:
         """By last use, each with what is above it and not saved yet, from the root on."""

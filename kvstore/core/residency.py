@@ -377,6 +377,7 @@ class Residency:
         if victim is None or self.orders.admits(namespace, block.key, victim, COLD):
             return True
         self.orders.of(namespace, COLD, namespace.level).refuse(namespace, (block.key,))
+        self.admission.counts.refused_order += 1
         return False
 
     def make_room_below(self, tier: int, tenant: str, nbytes: int, spare_ahead: bool = False) -> bool:

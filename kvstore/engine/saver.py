@@ -199,7 +199,7 @@ class Saver:
                 return _Begun.LATER
             if not flushing and self._gives_way():
                 return _Begun.LATER
-            batch = self._cache.moves.begin_saves(SAVE_BLOCKS, SAVE_BYTES, newest_first=flushing)
+            batch = self._cache.moves.begin_saves(SAVE_BLOCKS, SAVE_BYTES, time.monotonic(), newest_first=flushing)
         if not batch:
             return _Begun.NOTHING
         self._delete(COLD)  # what made room for them

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from kvstore.core.block import COLD, HOT, WARM, Block
@@ -48,6 +49,10 @@ class Snapshots:
             message.tiers.append(_tier(cache, tier))
         message.counters["slots_filling"] = cache.slots.filling
         message.counters["dirty_blocks"] = len(residency.dirty)
+        message.counters["leaving_bytes"] = residency.leaving_bytes
+        message.counters["prefetched_bytes"] = residency.prefetched_bytes
+        for name, number in asdict(residency.admission.counts).items():
+            message.counters[f"cold_{name}"] = number
         return message
 
     def add_media(
@@ -132,6 +137,7 @@ def _tier(cache: BlockCache, tier: int) -> admin_pb2.TierStats:
         writes=count.writes,
         write_failures=count.write_failures,
         corrupt=count.corrupt,
+        promotions=count.promotions,
     )
     if tier == COLD:
         message.stored_bytes, message.raw_bytes = budget.used_bytes, cache.residency.raw_cold_bytes

@@ -68,6 +68,8 @@ class StoreConfig:
     staging_total_bytes: int = 2 << 30
     lock_pages: bool = True
     policy: PolicyFactory = LeafLru
+    promote_hits: int = 2
+    cold_bytes_per_day: int = 0
     version: str = "0"
 
 
@@ -84,10 +86,15 @@ class Store(Operations):
         self._clearing = threading.Lock()
         self._bulk = threading.RLock()  # taken before _lock, see _gate
         limits = Limits(
-            config.warm_bytes, int(config.cold_bytes * _COLD_FILL), config.hot_bytes, config.tenant_bytes, config.policy
+            config.warm_bytes,
+            int(config.cold_bytes * _COLD_FILL),
+            config.hot_bytes,
+            config.tenant_bytes,
+            config.policy,
+            config.cold_bytes_per_day,
         )
         self._pool = WarmPool(config.warm_bytes, config.lock_pages)
-        self._cache = BlockCache(CacheConfig(limits, config.lease_ttl_s), self._set_generation)
+        self._cache = BlockCache(CacheConfig(limits, config.lease_ttl_s, config.promote_hits), self._set_generation)
         self._mover = Mover(self._lock, self._cache, self._pool)
         self._sessions = Sessions(config.staging_max_bytes, config.staging_total_bytes)
         self._slabs = SlabKeeper(self._lock, self._cache, self._pool, headroom, self._slab_retired)

@@ -48,6 +48,7 @@ class TierStats(google.protobuf.message.Message):
     POPULATED_BYTES_FIELD_NUMBER: builtins.int
     WRITES_FIELD_NUMBER: builtins.int
     WRITE_FAILURES_FIELD_NUMBER: builtins.int
+    PROMOTIONS_FIELD_NUMBER: builtins.int
     MEDIUM_FIELD_NUMBER: builtins.int
     name: builtins.str
     """hot, warm, cold"""
@@ -73,6 +74,8 @@ class TierStats(google.protobuf.message.Message):
     writes: builtins.int
     """blocks moved into the tier"""
     write_failures: builtins.int
+    promotions: builtins.int
+    """blocks that earned a place here by hits in a slower tier"""
     @property
     def medium(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
         """what the medium counts itself, some seconds old"""
@@ -95,9 +98,10 @@ class TierStats(google.protobuf.message.Message):
         populated_bytes: builtins.int = ...,
         writes: builtins.int = ...,
         write_failures: builtins.int = ...,
+        promotions: builtins.int = ...,
         medium: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "capacity_bytes", b"capacity_bytes", "corrupt", b"corrupt", "device", b"device", "evictions", b"evictions", "hits", b"hits", "medium", b"medium", "name", b"name", "populated_bytes", b"populated_bytes", "raw_bytes", b"raw_bytes", "restarts", b"restarts", "state", b"state", "stored_bytes", b"stored_bytes", "used_bytes", b"used_bytes", "write_failures", b"write_failures", "writes", b"writes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "capacity_bytes", b"capacity_bytes", "corrupt", b"corrupt", "device", b"device", "evictions", b"evictions", "hits", b"hits", "medium", b"medium", "name", b"name", "populated_bytes", b"populated_bytes", "promotions", b"promotions", "raw_bytes", b"raw_bytes", "restarts", b"restarts", "state", b"state", "stored_bytes", b"stored_bytes", "used_bytes", b"used_bytes", "write_failures", b"write_failures", "writes", b"writes"]) -> None: ...
 
 global___TierStats = TierStats
 

@@ -84,6 +84,8 @@ class _RejectReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     """the daemon is shutting down"""
     REJECT_REASON_CLEARED: _RejectReason.ValueType  # 9
     """the namespace was cleared meanwhile"""
+    REJECT_REASON_NOT_ADMITTED: _RejectReason.ValueType  # 10
+    """worth less than what would have to leave; stored if it is put again soon"""
 
 class RejectReason(_RejectReason, metaclass=_RejectReasonEnumTypeWrapper): ...
 
@@ -106,6 +108,8 @@ REJECT_REASON_DRAINING: RejectReason.ValueType  # 8
 """the daemon is shutting down"""
 REJECT_REASON_CLEARED: RejectReason.ValueType  # 9
 """the namespace was cleared meanwhile"""
+REJECT_REASON_NOT_ADMITTED: RejectReason.ValueType  # 10
+"""worth less than what would have to leave; stored if it is put again soon"""
 global___RejectReason = RejectReason
 
 class _Tier:

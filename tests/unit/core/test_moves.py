@@ -106,7 +106,18 @@ def test_nothing_is_saved_while_cold_is_down(world: World) -> None:
     assert not world.cache.moves.wants_saving()
 
 
-def test_the_oldest_is_saved_first(world: World) -> None:
+def test_as_long_as_cold_has_room_a_block_is_saved_with_what_it_hangs_on(world: World) -> None:
+    """A kill at any moment leaves whole prefixes there."""
+    space = world.open()
+    for name in "abc":
+        world.put(space, chain(2, name))
+    world.cache.residency.let_leave(PAGE, 1)
+    assert [save.copy.block.key for save in world.start_saves(3, flush=False)] == chain(2, "a")
+    check(world)
+
+
+def test_the_oldest_is_saved_first_and_leaves_first() -> None:
+    world = World(cold_bytes=8 * PAGE)
     space = world.open()
     for name in "abc":
         world.put(space, chain(2, name))
