@@ -23,12 +23,10 @@ from itertools import count
 
 from kvstore.core.block import Block, Namespace
 from kvstore.core.ghosts import Ghosts
-from kvstore.core.leaf_lru import is_leaf
+from kvstore.core.leaf_lru import Entry, compacted, drop_last, is_leaf, worth_compacting
 from kvstore.core.shadows import FOREVER, GHOSTS, Candidate, Shadows, name_of
 
 CANDIDATES = (Candidate(0), Candidate(2), Candidate(FOREVER), Candidate(FOREVER, closed=True))
-
-_SLACK_ENTRIES = 256
 
 
 class Adaptive:
@@ -38,11 +36,12 @@ class Adaptive:
         self._tier = tier
         self._candidates = candidates
         self._entry = count()
-        self._once: list[tuple[int, int, Block]] = []
-        self._again: list[tuple[int, int, Block]] = []
+        self._once: list[Entry] = []
+        self._again: list[Entry] = []
         self._ghosts = Ghosts()
         self._shadows = Shadows(candidates)
         self._live = 0
+        self._stale = 0  # entries of parents that did not go at once, at most
         self._full = False  # whether room was ever asked for
         self._capacity = 0
         self._peak = 0  # most blocks held since the window began
@@ -64,6 +63,10 @@ class Adaptive:
         if self._full and self._ghosts.take(_name(block)):
             block.reused = True
         self._measure()
+        parent = block.parent
+        if parent is not None and parent.queued & self._tier:
+            heap = self._again if parent.reused and parent.touched else self._once
+            self._stale += not drop_last(heap, parent, self._tier)
         self.offer(block)
 
     def touch(self, block: Block) -> None:
@@ -76,8 +79,7 @@ class Adaptive:
         if block.copies & self._tier and not block.queued & self._tier:
             block.queued |= self._tier
             self._push(block)
-            if len(self._once) + len(self._again) > 2 * self._live + _SLACK_ENTRIES:
-                self._compact()
+            self._compact()
 
     def remove(self, block: Block) -> None:
         """Pass on to the parent, which may be a leaf now, what the block's uses have told."""
@@ -90,8 +92,7 @@ class Adaptive:
             parent.touched = max(parent.touched, block.touched)
             parent.reused = parent.reused or block.reused
             self.offer(parent)
-        if len(self._once) + len(self._again) > 2 * self._live + _SLACK_ENTRIES:
-            self._compact()
+        self._compact()
 
     # -- who leaves, and who may come -------------------------------------------------------------------------
 
@@ -136,7 +137,7 @@ class Adaptive:
         heap = self._again if block.reused and block.touched else self._once
         heapq.heappush(heap, (block.touched, next(self._entry), block))
 
-    def _oldest(self, heap: list[tuple[int, int, Block]], allowed: Callable[[Block], bool]) -> Block | None:
+    def _oldest(self, heap: list[Entry], allowed: Callable[[Block], bool]) -> Block | None:
         """The first leaf of a heap that may leave; entries that are out of date are put right on the way."""
         tier, again = self._tier, heap is self._again
         while heap:
@@ -176,14 +177,10 @@ class Adaptive:
         self._shadows.resize(self._capacity)
 
     def _compact(self) -> None:
-        """Drop entries of blocks that were deleted or cleared: without pressure they would pile up."""
-        blocks = {id(block): block for heap in (self._once, self._again) for _, _, block in heap}
-        self._once, self._again = [], []
-        for block in blocks.values():
-            if block.copies & self._tier:
-                self._push(block)
-            else:
-                block.queued &= ~self._tier
+        """Without pressure, entries that say nothing would pile up."""
+        if worth_compacting(len(self._once) + len(self._again), self._live, self._stale):
+            self._stale = 0
+            self._once, self._again = compacted(self._once, self._tier), compacted(self._again, self._tier)
 
 
 def _name(block: Block) -> int:

@@ -151,7 +151,7 @@ class Residency:
             over = budget.missing(namespace.tenant, missing * namespace.slot_bytes)
             room = missing - -(-over // namespace.slot_bytes)
             refs = self.allocator.take(namespace.tenant, namespace.slot_bytes, room) if room > 0 else []
-            found.extend(self.slots.fill(ref, owner) for ref in refs)
+            found.extend(self.slots.fill(refs, owner))
             budget.add(namespace.tenant, len(refs) * namespace.slot_bytes)
             if refs or (room > 0 and self.grow(namespace.tenant, namespace.slot_bytes)):
                 continue
