@@ -23,7 +23,7 @@ from itertools import count
 
 from kvstore.core.block import Block, Namespace
 from kvstore.core.ghosts import Ghosts
-from kvstore.core.leaf_lru import Entry, compacted, drop_last, is_leaf, worth_compacting
+from kvstore.core.leaf_lru import Entry, compacted, drop_last, worth_compacting
 from kvstore.core.shadows import FOREVER, GHOSTS, Candidate, Shadows, name_of
 
 CANDIDATES = (Candidate(0), Candidate(2), Candidate(FOREVER), Candidate(FOREVER, closed=True))
@@ -150,7 +150,7 @@ class Adaptive:
                 self._push(block)
             elif block.touched > stamp:
                 heapq.heapreplace(heap, (block.touched, next(self._entry), block))
-            elif is_leaf(block, tier) and allowed(block):
+            elif block.is_leaf(tier) and allowed(block):
                 return block
             else:
                 heapq.heappop(heap)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntFlag
 
+from kvstore.core.numbers import numbers
 from kvstore.core.slots import Slot
 
 
@@ -22,34 +23,34 @@ class Copies(IntFlag):
 HOT, WARM, COLD = int(Copies.HOT), int(Copies.WARM), int(Copies.COLD)
 
 
+# Bits of Block.marks.
+ORPHAN, REUSED, SAVING = 1, 2, 4
+
+
 class Block:
     """One immutable, content-addressed block.
 
     A record without copies is a *hole*: a block that was lost, or never seen after a restart, while children of
     it are still stored. Those children are *orphans* and count as absent until the hole is filled again.
 
-    Children form an intrusive doubly linked list of siblings: most blocks have one child, and a set per block
-    would be the largest part of the index.
+    There may be a million of them, so each attribute counts (8 bytes), and so does each integer above 256 that is not
+    shared (32). Most blocks have one child: only a fork has a table of its children.
     """
 
     __slots__ = (
         "ahead",
+        "below",
         "checksum",
         "copies",
         "depth",
         "epoch",
-        "first_child",
         "hits",
         "key",
         "lossy",
+        "marks",
         "namespace",
-        "next_sibling",
-        "orphan",
         "parent",
-        "prev_sibling",
         "queued",
-        "reused",
-        "saving",
         "slot",
         "stored_bytes",
         "touched",
@@ -66,39 +67,70 @@ class Block:
         self.stored_bytes = 0  # on the cold medium
         self.touched = 0  # stamp of the last use
         self.queued = 0  # tiers whose order has an entry for this block
-        self.reused = False  # used after it was stored, or back soon after it left; of a leaf: what hangs on it counts
-        self.saving = False  # an agent is copying it to the cold tier
+        self.marks = 0  # ORPHAN | REUSED | SAVING
         self.ahead = 0  # the residency's: since when it has been saved ahead of being dropped
         self.hits = 0
-        self.orphan = False
         self.parent: Block | None = None
         self.depth = 0
-        self.first_child: Block | None = None
-        self.next_sibling: Block | None = None
-        self.prev_sibling: Block | None = None
+        self.below: Block | dict[Block, None] | None = None  # its child, or its children, oldest first
         if parent is not None:
             self.link(parent)
 
     def link(self, parent: Block) -> None:
         """Become a child of `parent`."""
         self.parent = parent
-        self.depth = parent.depth + 1
-        self.next_sibling = parent.first_child
-        if parent.first_child is not None:
-            parent.first_child.prev_sibling = self
-        parent.first_child = self
+        self.depth = numbers(parent.depth + 2)[parent.depth + 1]
+        below = parent.below
+        if below is None:
+            parent.below = self
+        elif isinstance(below, dict):
+            below[self] = None
+        else:
+            parent.below = {below: None, self: None}
 
     def unlink(self) -> None:
-        """Leave the parent's list of children."""
-        if self.parent is None:
+        """Leave the parent's children."""
+        parent = self.parent
+        if parent is None:
             return
-        if self.prev_sibling is None:
-            self.parent.first_child = self.next_sibling
+        below = parent.below
+        if isinstance(below, dict):
+            del below[self]
+            if len(below) == 1:
+                parent.below = next(iter(below))
         else:
-            self.prev_sibling.next_sibling = self.next_sibling
-        if self.next_sibling is not None:
-            self.next_sibling.prev_sibling = self.prev_sibling
-        self.parent = self.next_sibling = self.prev_sibling = None
+            parent.below = None
+        self.parent = None
+
+    @property
+    def orphan(self) -> bool:
+        """Whether a hole is above it."""
+        return bool(self.marks & ORPHAN)
+
+    @orphan.setter
+    def orphan(self, value: bool) -> None:
+        self._mark(ORPHAN, value)
+
+    @property
+    def reused(self) -> bool:
+        """Used after it was stored, or back soon after it left; of a leaf: what hangs on it counts."""
+        return bool(self.marks & REUSED)
+
+    @reused.setter
+    def reused(self, value: bool) -> None:
+        self._mark(REUSED, value)
+
+    @property
+    def saving(self) -> bool:
+        """Whether an agent is copying it to the cold tier."""
+        return bool(self.marks & SAVING)
+
+    @saving.setter
+    def saving(self, value: bool) -> None:
+        self._mark(SAVING, value)
+
+    def _mark(self, bit: int, value: bool) -> None:
+        self.marks = self.marks | bit if value else self.marks & ~bit
 
     @property
     def top(self) -> Block:
@@ -108,13 +140,28 @@ class Block:
             block = block.parent
         return block
 
+    @property
+    def first_child(self) -> Block | None:
+        """The newest child."""
+        below = self.below
+        return next(reversed(below)) if isinstance(below, dict) else below
+
     def children(self) -> Iterator[Block]:
-        """The direct children, newest first."""
-        child = self.first_child
-        while child is not None:
-            following = child.next_sibling
-            yield child
-            child = following
+        """The direct children, newest first; they may leave meanwhile."""
+        below = self.below
+        if isinstance(below, dict):
+            yield from list(reversed(below))
+        elif below is not None:
+            yield below
+
+    def is_leaf(self, tier: int) -> bool:
+        """Whether no child has a copy in `tier`."""
+        below = self.below
+        if below is None:
+            return True
+        if isinstance(below, dict):
+            return not any(child.copies & tier for child in reversed(below))
+        return not below.copies & tier
 
     def subtree(self) -> list[Block]:
         """This block and everything that hangs on it, parents before children."""
@@ -131,7 +178,7 @@ class Block:
     @property
     def present(self) -> bool:
         """Whether a lookup may find it."""
-        return bool(self.copies) and not self.orphan
+        return bool(self.copies) and not self.marks & ORPHAN
 
 
 @dataclass(slots=True, eq=False)

@@ -61,7 +61,7 @@ class LeafLru:
             stamp, _, block = heap[0]
             if block.touched > stamp and block.copies & self._tier:
                 heapq.heapreplace(heap, (block.touched, next(self._entry), block))
-            elif block.copies & self._tier and is_leaf(block, self._tier) and allowed(block):
+            elif block.copies & self._tier and block.is_leaf(self._tier) and allowed(block):
                 return block
             else:
                 heapq.heappop(heap)
@@ -113,19 +113,9 @@ def compacted(heap: list[Entry], tier: int) -> list[Entry]:
     kept: list[Entry] = []
     for entry in heap:
         block = entry[2]
-        if block.copies & tier and is_leaf(block, tier):
+        if block.copies & tier and block.is_leaf(tier):
             kept.append(entry)
         else:
             block.queued &= ~tier
     heapq.heapify(kept)
     return kept
-
-
-def is_leaf(block: Block, tier: int) -> bool:
-    """Whether no child of the block has a copy in `tier`."""
-    child = block.first_child
-    while child is not None:
-        if child.copies & tier:
-            return False
-        child = child.next_sibling
-    return True

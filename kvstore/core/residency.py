@@ -240,7 +240,7 @@ class Residency:
         slot = block.slot
         if slot is None or slot.pins or block.saving:
             return False
-        return block.copies != WARM or block.first_child is None
+        return block.copies != WARM or block.below is None
 
     def _slot_freed(self, slot: Slot) -> None:
         slab = self.allocator.slab(slot.slab_id)
@@ -346,7 +346,7 @@ class Residency:
     def _may_leave_below(self, block: Block, tier: int) -> bool:
         if block.saving or (block.slot is not None and block.slot.state == SlotState.FILLING):
             return False  # an agent reads or writes that very copy
-        return block.copies != tier or block.first_child is None
+        return block.copies != tier or block.below is None
 
     # -- all copies -------------------------------------------------------------------------------------------
 
@@ -406,7 +406,7 @@ class Residency:
         block = slot.owner
         if slot.state != SlotState.READY or slot.pins or not isinstance(block, Block) or block.saving:
             return False
-        if block.copies != WARM or block.first_child is None:
+        if block.copies != WARM or block.below is None:
             return True
         return not any(
             b.saving or (b.slot is not None and (b.slot.pins or b.slot.state != SlotState.READY))
@@ -416,7 +416,7 @@ class Residency:
     def _drop_with_subtree(self, slot: Slot) -> None:
         block = slot.owner
         assert isinstance(block, Block)
-        if block.copies != WARM or block.first_child is None:
+        if block.copies != WARM or block.below is None:
             self.evict_warm(block)
         else:
             self.dropped_unsaved += 1
