@@ -11,7 +11,7 @@ from collections.abc import Callable
 from itertools import repeat
 from operator import attrgetter
 
-from kvstore.core.block import ORPHAN, Block, Namespace
+from kvstore.core.block import ORPHAN, Block, Blocks, Namespace
 from kvstore.core.numbers import numbers
 
 KEY_BYTES = 32
@@ -82,7 +82,7 @@ class Index:
 
     def find(self, namespace: Namespace, key: bytes) -> Block | None:
         """The block, if it is stored and its prefix is whole."""
-        block = namespace.blocks.get(key)
+        block = namespace.blocks.shards[key[0]].get(key)
         return block if block is not None and block.copies and not block.marks & ORPHAN else None
 
     def insert(self, namespace: Namespace, key: bytes, parent_key: bytes) -> Block | None:
@@ -147,9 +147,9 @@ class Index:
                     if child.copies:
                         self._orphaned(child)
 
-    def detach(self, namespace: Namespace) -> dict[bytes, Block]:
+    def detach(self, namespace: Namespace) -> Blocks:
         """Empty a namespace in O(1), start its next epoch, and return the blocks it had."""
-        blocks, namespace.blocks = namespace.blocks, {}
+        blocks, namespace.blocks = namespace.blocks, Blocks()
         namespace.epoch += 1
         return blocks
 

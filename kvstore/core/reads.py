@@ -84,10 +84,15 @@ class Reads:
         hot, warm = 0, found
         # Walking every block is only worth its time where the tiers can differ.
         if found and (counts[HOT].blocks or counts[COLD].blocks):
-            held = (namespace.blocks.get(keys[i : i + KEY_BYTES]) for i in range(0, found * KEY_BYTES, KEY_BYTES))
-            copies = [0 if block is None else block.copies for block in held]
-            hot = sum(1 for c in copies if c & HOT)
-            warm = sum(1 for c in copies if c & WARM and not c & HOT)
+            if namespace.chain:
+                block = namespace.blocks.get(keys[(found - 1) * KEY_BYTES : found * KEY_BYTES])
+                copies = [] if block is None else block.copies_above(found)
+            else:
+                held = map(namespace.blocks.get, split_keys(keys[: found * KEY_BYTES]))
+                copies = [0 if block is None else block.copies for block in held]
+            held_by = {copy: copies.count(copy) for copy in set(copies)}
+            hot = sum(count for copy, count in held_by.items() if copy & HOT)
+            warm = sum(count for copy, count in held_by.items() if copy & WARM and not copy & HOT)
         return MatchResult(found, found * namespace.block_tokens, hot, warm, found - hot - warm)
 
     def stored_prefix(self, namespace: Namespace, keys: bytes) -> int:

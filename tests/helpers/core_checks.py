@@ -37,8 +37,9 @@ def live_blocks(world: World) -> Iterator[Block]:
 def all_blocks(world: World) -> list[Block]:
     """Those and the ones that a clear has condemned, with emptied parents that wait for their children."""
     found = dict.fromkeys(live_blocks(world))
-    for blocks in world.cache.moves._condemned:
-        for block in blocks.values():
+    moves = world.cache.moves
+    for blocks in (*(shard.values() for shard in moves._condemned), moves._reaping):
+        for block in blocks:
             above: Block | None = block
             while above is not None:
                 found[above] = None
