@@ -75,8 +75,8 @@ class Adaptive:
         self.offer(block)
 
     def offer(self, block: Block) -> None:
-        """Give `block` an entry again."""
-        if block.copies & self._tier and not block.queued & self._tier:
+        """Give `block` an entry again, if it is a leaf."""
+        if block.copies & self._tier and not block.queued & self._tier and block.is_leaf(self._tier):
             block.queued |= self._tier
             self._push(block)
             self._compact()

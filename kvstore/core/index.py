@@ -32,7 +32,7 @@ class Index:
         orphaned: Callable[[Block], None] = lambda block: None,
         childless: Callable[[Block], None] = lambda block: None,
     ) -> None:
-        """`orphaned` is told of every block that just became an orphan, `childless` of one whose last child went."""
+        """`orphaned` is told of every block that just became an orphan, `childless` of one that a child has left."""
         self.namespaces: dict[bytes, Namespace] = {}
         self.orphans = 0
         self._orphaned = orphaned
@@ -176,7 +176,7 @@ class Index:
             block.unlink()
             if parent is not None:
                 block.link(parent)
-            if former is not None and former.copies and former.below is None:
+            if former is not None and former.copies:
                 self._childless(former)
             elif former is not None and former.slot is None:
                 self._forget(former)

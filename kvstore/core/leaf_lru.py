@@ -48,8 +48,8 @@ class LeafLru:
         self.offer(block)
 
     def offer(self, block: Block) -> None:
-        """Give `block` an entry again."""
-        if block.copies & self._tier and not block.queued & self._tier:
+        """Give `block` an entry again, if it is a leaf."""
+        if block.copies & self._tier and not block.queued & self._tier and block.is_leaf(self._tier):
             block.queued |= self._tier
             heapq.heappush(self._heap, (block.touched, next(self._entry), block))
             self._compact()

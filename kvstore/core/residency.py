@@ -103,6 +103,11 @@ class Residency:
             if copies & tier:
                 self.below_order(tier, block.namespace.tenant).touch(block)
 
+    @property
+    def unsaved(self) -> int:
+        """Warm blocks that cold does not have; `dirty` lists them where there is a cold tier."""
+        return len(self.dirty) if self.budgets[COLD].capacity_bytes else self.counts[WARM].blocks
+
     def offer(self, block: Block) -> None:
         """`block` may have become free to leave."""
         copies = block.copies
@@ -182,7 +187,7 @@ class Residency:
         block.copies |= WARM
         self.counts[WARM].blocks += 1
         self.counts[WARM].writes += 1
-        if not saved:
+        if not saved and self.budgets[COLD].capacity_bytes:  # for nothing otherwise, in 42 to 84 bytes a block
             self.dirty[block] = None
         self.warm_order(block.namespace).insert(block)
         if block.copies != WARM:  # while it was filled, the copy that it came from had to stay

@@ -47,7 +47,7 @@ class Snapshots:
         for tier in (HOT, WARM, COLD):
             message.tiers.append(_tier(cache, tier))
         message.counters["slots_filling"] = cache.slots.filling
-        message.counters["dirty_blocks"] = len(residency.dirty)
+        message.counters["dirty_blocks"] = residency.unsaved
         return message
 
     def add_media(

@@ -131,7 +131,9 @@ def check_clean(world: World, blocks: list[Block]) -> None:
     """What is saved and what is not."""
     residency = world.cache.residency
     warm = [block for block in blocks if block.copies & WARM]
-    assert set(residency.dirty) == {block for block in warm if not block.copies & COLD and not block.degraded}
+    unsaved = {block for block in warm if not block.copies & COLD and not block.degraded}
+    assert residency.unsaved == len(unsaved)
+    assert set(residency.dirty) == (unsaved if residency.budgets[COLD].capacity_bytes else set())
     ahead = [block for block in blocks if residency.is_ahead(block)]
     assert all(block.copies & WARM and block.copies & COLD for block in ahead)
     assert residency.ahead_bytes == sum(block.namespace.slot_bytes for block in ahead)
