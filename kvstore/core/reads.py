@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from itertools import pairwise, repeat
 from math import lcm
@@ -86,13 +86,12 @@ class Reads:
         if found and (counts[HOT].blocks or counts[COLD].blocks):
             if namespace.chain:
                 block = namespace.blocks.get(keys[(found - 1) * KEY_BYTES : found * KEY_BYTES])
-                copies = [] if block is None else block.copies_above(found)
+                held = {} if block is None else block.copies_above(found)
             else:
-                held = map(namespace.blocks.get, split_keys(keys[: found * KEY_BYTES]))
-                copies = [0 if block is None else block.copies for block in held]
-            held_by = {copy: copies.count(copy) for copy in set(copies)}
-            hot = sum(count for copy, count in held_by.items() if copy & HOT)
-            warm = sum(count for copy, count in held_by.items() if copy & WARM and not copy & HOT)
+                blocks = map(namespace.blocks.get, split_keys(keys[: found * KEY_BYTES]))
+                held = Counter(block.copies for block in blocks if block is not None)
+            hot = sum(count for copies, count in held.items() if copies & HOT)
+            warm = sum(count for copies, count in held.items() if copies & WARM and not copies & HOT)
         return MatchResult(found, found * namespace.block_tokens, hot, warm, found - hot - warm)
 
     def stored_prefix(self, namespace: Namespace, keys: bytes) -> int:
