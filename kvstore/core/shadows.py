@@ -20,7 +20,7 @@ FOREVER = 1 << 62
 
 _LEVELS = 256  # a key is sampled where its first byte is below the level
 _LEVEL_MIN = 3  # 1.2 %
-_PLENTY = 4 * SHADOW_BLOCKS  # names of a shadow from which on 0.4 % will do: a third of the names to hold
+_PLENTY = 2 * SHADOW_BLOCKS  # names of a shadow from which on 0.4 % will do: a third of the names to hold
 _HALF_LIFE = 4  # of what was counted, in capacities
 _DOUBT = 1.5  # standard deviations by which another order must lead
 _HALVINGS_MAX = 64.0  # in one call: a prefix may be thousands of times longer than a tiny cache

@@ -22,9 +22,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import multiprocessing
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -53,6 +53,7 @@ PROBES = 60
 KEY_BYTES = 32
 
 _SESSION, _TENANT = 1, "bench"
+_PROCESS_TIMEOUT_S = 600.0
 
 
 class Chain(NamedTuple):
@@ -234,6 +235,12 @@ def _no_generation(ref: SlotRef, value: int) -> None:
     """There is no shared memory."""
 
 
+def _in_process(place: str, blocks: int, policy: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--here", "--place", place, "--blocks", str(blocks), "--policy", policy]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=_PROCESS_TIMEOUT_S)
+    return {str(name): float(value) for name, value in json.loads(answer.stdout).items()}
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -241,14 +248,16 @@ def main() -> None:
     parser.add_argument("--policy", choices=sorted(POLICIES), action="append", help="both, where not given")
     parser.add_argument("--place", choices=PLACES, action="append", help="all, where not given")
     parser.add_argument("--blocks", type=int, action="append", help="sizes; 10^4, 10^5 and 10^6, where not given")
+    parser.add_argument("--here", action="store_true", help="one of each, in this process; prints figures only")
     options = parser.parse_args()
+    if options.here:
+        print(json.dumps(measure(options.place[0], options.blocks[0], options.policy[0])))
+        return
     results = []
-    spawn = multiprocessing.get_context("spawn")
     for policy in options.policy or POLICIES:
         for place in options.place or PLACES:
             for blocks in options.blocks or SIZES:
-                with spawn.Pool(1) as pool:
-                    figures = pool.apply(measure, (place, blocks, policy))
+                figures = _in_process(place, blocks, policy)
                 results.append({"policy": policy, "place": place, **figures})
                 if not options.json:
                     told = "  ".join(f"{name} {value:,.2f}" for name, value in figures.items() if name != "blocks")
