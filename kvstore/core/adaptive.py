@@ -23,12 +23,10 @@ from itertools import count
 
 from kvstore.core.block import COLD, Block, Namespace
 from kvstore.core.ghosts import Ghosts
-from kvstore.core.leaf_lru import is_leaf
+from kvstore.core.leaf_lru import Entry, compacted, drop_last, worth_compacting
 from kvstore.core.shadows import FOREVER, GHOSTS, Candidate, Shadows, name_of
 
 CANDIDATES = (Candidate(0), Candidate(2), Candidate(FOREVER), Candidate(FOREVER, closed=True))
-
-_SLACK_ENTRIES = 256
 
 
 class Adaptive:
@@ -40,13 +38,14 @@ class Adaptive:
         self._mark = mark
         self._candidates = candidates
         self._entry = count()
-        self._once: list[tuple[int, int, Block]] = []
-        self._again: list[tuple[int, int, Block]] = []
+        self._once: list[Entry] = []
+        self._again: list[Entry] = []
         self._ghosts = Ghosts()
         # What a closed order does not let into cold need not be written: half of the writes for 0.2 points of hits.
         closed = next((i for i, one in enumerate(candidates) if one.closed), None)
         self._shadows = Shadows(candidates, closed if tier == COLD else None)
         self._live = 0
+        self._stale = 0  # entries of parents that did not go at once, at most
         self._full = False  # whether room was ever asked for
         self._capacity = 0
         self._peak = 0  # most blocks held since the window began
@@ -68,6 +67,10 @@ class Adaptive:
         if self._full and self._ghosts.take(_name(block)):
             block.reused = True
         self._measure()
+        parent = block.parent
+        if parent is not None and parent.queued & self._mark:
+            heap = self._again if parent.reused and parent.touched else self._once
+            self._stale += not drop_last(heap, parent, self._mark)
         self.offer(block)
 
     def touch(self, block: Block) -> None:
@@ -76,12 +79,11 @@ class Adaptive:
         self.offer(block)
 
     def offer(self, block: Block) -> None:
-        """Give `block` an entry again."""
-        if not block.queued & self._mark and block.stands(self._tier, self._mark):
+        """Give `block` an entry again, if it is a leaf."""
+        if not block.queued & self._mark and self._stands(block):
             block.queued |= self._mark
             self._push(block)
-            if len(self._once) + len(self._again) > 2 * self._live + _SLACK_ENTRIES:
-                self._compact()
+            self._compact()
 
     def remove(self, block: Block) -> None:
         """Pass on to the parent, which may be a leaf now, what the block's uses have told."""
@@ -95,8 +97,7 @@ class Adaptive:
             parent.touched = max(parent.touched, block.touched)
             parent.reused = parent.reused or block.reused
             self.offer(parent)
-        if len(self._once) + len(self._again) > 2 * self._live + _SLACK_ENTRIES:
-            self._compact()
+        self._compact()
 
     # -- who leaves, and who may come -------------------------------------------------------------------------
 
@@ -140,7 +141,7 @@ class Adaptive:
         heap = self._again if block.reused and block.touched else self._once
         heapq.heappush(heap, (block.touched, next(self._entry), block))
 
-    def _oldest(self, heap: list[tuple[int, int, Block]], allowed: Callable[[Block], bool]) -> Block | None:
+    def _oldest(self, heap: list[Entry], allowed: Callable[[Block], bool]) -> Block | None:
         """The first leaf of a heap that may leave; entries that are out of date are put right on the way."""
         tier, mark, again = self._tier, self._mark, heap is self._again
         while heap:
@@ -153,7 +154,7 @@ class Adaptive:
                 self._push(block)
             elif block.touched > stamp:
                 heapq.heapreplace(heap, (block.touched, next(self._entry), block))
-            elif is_leaf(block, tier) and allowed(block):
+            elif block.is_leaf(tier) and allowed(block):
                 return block
             else:
                 heapq.heappop(heap)
@@ -186,14 +187,14 @@ class Adaptive:
         self._shadows.resize(self._capacity)
 
     def _compact(self) -> None:
-        """Drop entries of blocks that were deleted or cleared: without pressure they would pile up."""
-        blocks = {id(block): block for heap in (self._once, self._again) for _, _, block in heap}
-        self._once, self._again = [], []
-        for block in blocks.values():
-            if block.stands(self._tier, self._mark):
-                self._push(block)
-            else:
-                block.queued &= ~self._mark
+        """Without pressure, entries that say nothing would pile up."""
+        if worth_compacting(len(self._once) + len(self._again), self._live, self._stale):
+            self._stale = 0
+            self._once = compacted(self._once, self._mark, self._stands)
+            self._again = compacted(self._again, self._mark, self._stands)
+
+    def _stands(self, block: Block) -> bool:
+        return block.stands(self._tier, self._mark) and block.is_leaf(self._tier)
 
 
 def _name(block: Block) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntFlag
+from itertools import chain
 from typing import TYPE_CHECKING
 
+from kvstore.core.numbers import numbers
 from kvstore.core.slots import Slot
 
 if TYPE_CHECKING:
@@ -35,34 +37,34 @@ SPARE, LOW, NORMAL, HIGH, PINNED = range(5)
 _UNITS = (8, 64, 1, 512, 4096)  # by level
 
 
+# Bits of Block.marks.
+ORPHAN, REUSED, SAVING = 1, 2, 4
+
+
 class Block:
     """One immutable, content-addressed block.
 
     A record without copies is a *hole*: a block that was lost, or never seen after a restart, while children of
     it are still stored. Those children are *orphans* and count as absent until the hole is filled again.
 
-    Children form an intrusive doubly linked list of siblings: most blocks have one child, and a set per block
-    would be the largest part of the index.
+    There may be a million of them, so each attribute counts (8 bytes), and so does each integer above 256 that is not
+    shared (32). Most blocks have one child: only a fork has a table of its children.
     """
 
     __slots__ = (
+        "below",
         "checksum",
         "copies",
         "depth",
         "epoch",
-        "first_child",
         "hits",
         "key",
         "level",
         "lossy",
+        "marks",
         "namespace",
-        "next_sibling",
-        "orphan",
         "parent",
-        "prev_sibling",
         "queued",
-        "reused",
-        "saving",
         "slot",
         "spare",
         "stored_bytes",
@@ -80,40 +82,71 @@ class Block:
         self.stored_bytes = 0  # on the cold medium
         self.touched = 0  # stamp of the last use
         self.queued = 0  # marks of the orders that have an entry for this block
+        self.marks = 0  # ORPHAN | REUSED | SAVING
         self.level = namespace.level
-        self.spare = 0  # tiers whose copy leaves before all others
-        self.reused = False  # used after it was stored, or back soon after it left; of a leaf: what hangs on it counts
-        self.saving = False  # an agent is copying it to the cold tier
+        self.spare = 0  # tiers whose copy leaves before all others; REFUSED, PREFETCHED
         self.hits = 0
-        self.orphan = False
         self.parent: Block | None = None
         self.depth = 0
-        self.first_child: Block | None = None
-        self.next_sibling: Block | None = None
-        self.prev_sibling: Block | None = None
+        self.below: Block | dict[Block, None] | None = None  # its child, or its children, oldest first
         if parent is not None:
             self.link(parent)
 
     def link(self, parent: Block) -> None:
         """Become a child of `parent`."""
         self.parent = parent
-        self.depth = parent.depth + 1
-        self.next_sibling = parent.first_child
-        if parent.first_child is not None:
-            parent.first_child.prev_sibling = self
-        parent.first_child = self
+        self.depth = numbers(parent.depth + 2)[parent.depth + 1]
+        below = parent.below
+        if below is None:
+            parent.below = self
+        elif isinstance(below, dict):
+            below[self] = None
+        else:
+            parent.below = {below: None, self: None}
 
     def unlink(self) -> None:
-        """Leave the parent's list of children."""
-        if self.parent is None:
+        """Leave the parent's children."""
+        parent = self.parent
+        if parent is None:
             return
-        if self.prev_sibling is None:
-            self.parent.first_child = self.next_sibling
+        below = parent.below
+        if isinstance(below, dict):
+            del below[self]
+            if len(below) == 1:
+                parent.below = next(iter(below))
         else:
-            self.prev_sibling.next_sibling = self.next_sibling
-        if self.next_sibling is not None:
-            self.next_sibling.prev_sibling = self.prev_sibling
-        self.parent = self.next_sibling = self.prev_sibling = None
+            parent.below = None
+        self.parent = None
+
+    @property
+    def orphan(self) -> bool:
+        """Whether a hole is above it."""
+        return bool(self.marks & ORPHAN)
+
+    @orphan.setter
+    def orphan(self, value: bool) -> None:
+        self._mark(ORPHAN, value)
+
+    @property
+    def reused(self) -> bool:
+        """Used after it was stored, or back soon after it left; of a leaf: what hangs on it counts."""
+        return bool(self.marks & REUSED)
+
+    @reused.setter
+    def reused(self, value: bool) -> None:
+        self._mark(REUSED, value)
+
+    @property
+    def saving(self) -> bool:
+        """Whether an agent is copying it to the cold tier."""
+        return bool(self.marks & SAVING)
+
+    @saving.setter
+    def saving(self, value: bool) -> None:
+        self._mark(SAVING, value)
+
+    def _mark(self, bit: int, value: bool) -> None:
+        self.marks = self.marks | bit if value else self.marks & ~bit
 
     @property
     def top(self) -> Block:
@@ -128,13 +161,51 @@ class Block:
         level = SPARE if self.spare & tier else self.level
         return bool(self.copies & tier) and tier * _UNITS[level] == mark
 
+    @property
+    def first_child(self) -> Block | None:
+        """The newest child."""
+        below = self.below
+        return next(reversed(below)) if isinstance(below, dict) else below
+
     def children(self) -> Iterator[Block]:
-        """The direct children, newest first."""
-        child = self.first_child
-        while child is not None:
-            following = child.next_sibling
-            yield child
-            child = following
+        """The direct children, newest first; they may leave meanwhile."""
+        below = self.below
+        if isinstance(below, dict):
+            yield from list(reversed(below))
+        elif below is not None:
+            yield below
+
+    def copies_above(self, count: int) -> dict[int, int]:
+        """Of this block and those above it, `count` in all, how many have which copies.
+
+        Only where they change is anything counted: 8,192 blocks take 0.3 ms, where a lookup of each took 4.
+        """
+        found: dict[int, int] = {}
+        block: Block | None = self
+        last, first = self.copies, 0
+        for i in range(count):
+            if block is None:  # it has left meanwhile
+                count = i
+                break
+            if block.copies != last:
+                found[last] = found.get(last, 0) + i - first
+                last, first = block.copies, i
+            block = block.parent
+        found[last] = found.get(last, 0) + count - first
+        return found
+
+    def is_leaf(self, tier: int) -> bool:
+        """Whether no child has a copy in `tier` that stays there (one that is not spare)."""
+        below = self.below
+        if below is None:
+            return True
+        if isinstance(below, dict):
+            return not any(child.copies & ~child.spare & tier for child in reversed(below))
+        return not below.copies & ~below.spare & tier
+
+    def is_bare(self, tier: int) -> bool:
+        """Whether no child has a copy in `tier`."""
+        return not any(child.copies & tier for child in self.children())
 
     def subtree(self) -> list[Block]:
         """This block and everything that hangs on it, parents before children."""
@@ -151,7 +222,53 @@ class Block:
     @property
     def present(self) -> bool:
         """Whether a lookup may find it."""
-        return bool(self.copies) and not self.orphan
+        return bool(self.copies) and not self.marks & ORPHAN
+
+
+_SHARDS = 256
+
+
+class Blocks:
+    """Blocks by key, as in a dict, but in many by the first byte of the key.
+
+    A dict that grows holds the interpreter all the while: 0.2 s at a million entries, and again for every 400,000 that
+    come and go. One of 4,000 takes 0.1 ms. `shards[key[0]]` is for hot loops.
+    """
+
+    __slots__ = ("shards",)
+
+    def __init__(self) -> None:
+        self.shards: list[dict[bytes, Block]] = [{} for _ in range(_SHARDS)]
+
+    def __getitem__(self, key: bytes) -> Block:
+        return self.shards[key[0]][key]
+
+    def __setitem__(self, key: bytes, block: Block) -> None:
+        self.shards[key[0]][key] = block
+
+    def __delitem__(self, key: bytes) -> None:
+        del self.shards[key[0]][key]
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.shards[key[0]]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.shards))
+
+    def __iter__(self) -> Iterator[bytes]:
+        return chain.from_iterable(self.shards)
+
+    def get(self, key: bytes) -> Block | None:
+        """The block, if there is one."""
+        return self.shards[key[0]].get(key)
+
+    def values(self) -> Iterator[Block]:
+        """All blocks; none may come or go meanwhile."""
+        return chain.from_iterable(shard.values() for shard in self.shards)
+
+    def items(self) -> Iterator[tuple[bytes, Block]]:
+        """All keys with their blocks; none may come or go meanwhile."""
+        return chain.from_iterable(shard.items() for shard in self.shards)
 
 
 @dataclass(slots=True, eq=False)
@@ -168,7 +285,7 @@ class Namespace:
     cold_codec: str = ""  # a lossy one that its owner asked for; empty: none
     epoch: int = 0
     level: int = NORMAL  # of its new blocks: LOW, NORMAL or HIGH
-    blocks: dict[bytes, Block] = field(default_factory=dict)
+    blocks: Blocks = field(default_factory=Blocks)
     orders: dict[int, EvictionPolicy] = field(default_factory=dict)  # those that its blocks stand in, by mark
     salt: int = field(init=False)  # tells equal keys of two namespaces apart; its lowest eight bits are 0
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from itertools import repeat
 from operator import attrgetter
 
-from kvstore.core.block import Block, Namespace
+from kvstore.core.block import ORPHAN, Block, Blocks, Namespace
+from kvstore.core.numbers import numbers
 
 KEY_BYTES = 32
 
@@ -31,7 +32,7 @@ class Index:
         orphaned: Callable[[Block], None] = lambda block: None,
         childless: Callable[[Block], None] = lambda block: None,
     ) -> None:
-        """`orphaned` is told of every block that just became an orphan, `childless` of one whose last child went."""
+        """`orphaned` is told of every block that just became an orphan, `childless` of one that a child has left."""
         self.namespaces: dict[bytes, Namespace] = {}
         self.orphans = 0
         self._orphaned = orphaned
@@ -81,8 +82,8 @@ class Index:
 
     def find(self, namespace: Namespace, key: bytes) -> Block | None:
         """The block, if it is stored and its prefix is whole."""
-        block = namespace.blocks.get(key)
-        return block if block is not None and block.copies and not block.orphan else None
+        block = namespace.blocks.shards[key[0]].get(key)
+        return block if block is not None and block.copies and not block.marks & ORPHAN else None
 
     def insert(self, namespace: Namespace, key: bytes, parent_key: bytes) -> Block | None:
         """Add a block that is about to gain its first copy, or fill the hole it left.
@@ -133,7 +134,7 @@ class Index:
         """The block's last copy has gone: forget it, or keep it as a hole while children hang on it."""
         if block.copies:
             return
-        if block.first_child is None:
+        if block.below is None:
             self._forget(block)
             return
         reached = [block]
@@ -146,14 +147,14 @@ class Index:
                     if child.copies:
                         self._orphaned(child)
 
-    def detach(self, namespace: Namespace) -> dict[bytes, Block]:
+    def detach(self, namespace: Namespace) -> Blocks:
         """Empty a namespace in O(1), start its next epoch, and return the blocks it had."""
-        blocks, namespace.blocks = namespace.blocks, {}
+        blocks, namespace.blocks = namespace.blocks, Blocks()
         namespace.epoch += 1
         return blocks
 
     def _forget(self, block: Block) -> None:
-        while block.copies == 0 and block.first_child is None:
+        while block.copies == 0 and block.below is None:
             blocks = block.namespace.blocks
             if blocks.get(block.key) is block:  # not after a clear
                 del blocks[block.key]
@@ -163,7 +164,7 @@ class Index:
             block.unlink()
             if parent is None:
                 return
-            if parent.copies and parent.first_child is None:
+            if parent.copies and parent.below is None:
                 self._childless(parent)
             if parent.slot is not None:
                 return
@@ -175,7 +176,7 @@ class Index:
             block.unlink()
             if parent is not None:
                 block.link(parent)
-            if former is not None and former.copies and former.first_child is None:
+            if former is not None and former.copies:
                 self._childless(former)
             elif former is not None and former.slot is None:
                 self._forget(former)
@@ -183,13 +184,14 @@ class Index:
 
     def _unorphan(self, block: Block) -> None:
         """Mark `block`, and below it whatever has no hole above it, as present; depths are known now."""
-        block.depth = block.parent.depth + 1 if block.parent is not None else 0
+        depth = block.parent.depth + 1 if block.parent is not None else 0
+        block.depth = numbers(depth + 1)[depth]
         self.orphans -= block.orphan
         block.orphan = False
         reached = [block]
         for above in reached:
             for child in above.children():
-                child.depth = above.depth + 1
+                child.depth = numbers(above.depth + 2)[above.depth + 1]
                 self.orphans -= child.orphan
                 child.orphan = False
                 if child.copies:

@@ -63,7 +63,7 @@ class Lending:
         block = slot.owner
         if slot.state != SlotState.READY or slot.pins or not isinstance(block, Block) or block.saving:
             return False
-        if block.copies != WARM or block.first_child is None:
+        if block.copies != WARM or block.below is None:
             return True
         return not any(
             b.saving or (b.slot is not None and (b.slot.pins or b.slot.state != SlotState.READY))
@@ -73,7 +73,7 @@ class Lending:
     def _drop_with_subtree(self, slot: Slot) -> None:
         block = slot.owner
         assert isinstance(block, Block)
-        if block.copies != WARM or block.first_child is None:
+        if block.copies != WARM or block.below is None:
             self._residency.evict_warm(block)
         else:
             self._residency.dropped_unsaved += 1

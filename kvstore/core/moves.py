@@ -7,7 +7,7 @@ from collections.abc import Container
 from itertools import islice
 from typing import NamedTuple
 
-from kvstore.core.block import COLD, HOT, REFUSED, WARM, Block
+from kvstore.core.block import COLD, HOT, REFUSED, WARM, Block, Blocks
 from kvstore.core.lending import ClassKey
 from kvstore.core.reads import Reads
 from kvstore.core.residency import BelowRef, Residency, slot_bytes
@@ -18,6 +18,9 @@ from kvstore.core.slots import Slot, SlotState
 SAVE_AHEAD = 0.10
 
 _LEAVE_BLOCKS = 256  # at a time, with the engine's lock held
+
+# Of a walk through what was cleared, for each block that is emptied: one takes 0.1 us, where to empty a block takes 10.
+_REAP_STEPS = 16
 
 
 class Copy(NamedTuple):
@@ -34,6 +37,7 @@ class Moves:
         self._residency = residency
         self._reads = reads
         self._condemned: deque[dict[bytes, Block]] = deque()
+        self._reaping: list[Block] = []  # the way down to the condemned block that goes next
         self._under_way: dict[BelowRef, int] = {}  # saves, with the bytes of the block
         self._under_way_bytes = 0
         self._put_off: dict[Block, None] = {}  # not taken by the cold tier: others go first
@@ -212,20 +216,25 @@ class Moves:
             residency.gain_below(block, HOT, block.namespace.block_nbytes)
         residency.orders.offer(block)
 
-    def condemn(self, blocks: dict[bytes, Block]) -> None:
+    def condemn(self, blocks: Blocks) -> None:
         """Take blocks that no lookup can find any more, to be emptied piece by piece."""
-        if blocks:
-            self._condemned.append(blocks)
+        self._condemned.extend(shard for shard in blocks.shards if shard)
 
     def reap(self, count: int) -> bool:
         """Empty up to `count` condemned blocks; returns whether there are more."""
-        while self._condemned and count > 0:
+        path, steps = self._reaping, _REAP_STEPS * count
+        while self._condemned and count > 0 and steps > 0:
             blocks = self._condemned[0]
-            while blocks and count > 0:
-                _, block = blocks.popitem()  # newest first: children before their parents
-                self._residency.forget(block)
-                count -= 1
-            if not blocks:
+            while (path or blocks) and count > 0 and steps > 0:
+                steps -= 1
+                block = path.pop() if path else blocks.popitem()[1]
+                child = block.first_child
+                if child is not None:  # children before their parents, or all would be orphans at once
+                    path += (block, child)
+                else:  # it may have been emptied before, as a child of one of another shard
+                    count -= bool(block.copies)
+                    self._residency.forget(block)
+            if not path and not blocks:
                 self._condemned.popleft()
         return bool(self._condemned)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 from kvstore.core.block import COLD, HOT, NORMAL, PINNED, SPARE, WARM, Block, Namespace, level_of, mark_of
-from kvstore.core.leaf_lru import LeafLru, is_bare
+from kvstore.core.leaf_lru import LeafLru
 from kvstore.core.policy import EvictionPolicy, PolicyFactory
 
 TIERS = (HOT, WARM, COLD)
@@ -59,7 +59,7 @@ class Orders:
         mark = mark_of(tier, level)
         if level in (SPARE, PINNED):
             # A cold copy below a warm one may go before its children: the prefix stays whole without it.
-            return LeafLru(tier, mark, _anywhere if (tier, level) == (COLD, SPARE) else is_bare)
+            return LeafLru(tier, mark, _anywhere if (tier, level) == (COLD, SPARE) else Block.is_bare)
         return self._policy(tier, mark)
 
     def refer(self, namespace: Namespace, keys: bytes) -> None:
@@ -111,6 +111,8 @@ class Orders:
         block.level = block.level if level is None else level
         for tier in held:
             self._at(block, tier).insert(block)
+        if block.parent is not None:  # it may be a leaf now, or none any more
+            self.offer(block.parent)
 
     def _at(self, block: Block, tier: int) -> EvictionPolicy:
         level = level_of(block, tier)

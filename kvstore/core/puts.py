@@ -123,6 +123,7 @@ class Puts:
     def finish(self, plan: PutPlan) -> None:
         """Publish what was copied (items with a checksum) and give the other slots back."""
         stale = plan.epoch != plan.namespace.epoch
+        published: list[Block] = []
         for item in plan.items:
             if item.slot is None:
                 continue
@@ -131,15 +132,20 @@ class Puts:
                 item.reason = Reject.CLEARED if stale else (item.reason or Reject.DEADLINE)
                 self._residency.abandon(slot)
             else:
-                self._publish(plan.namespace, item, slot)
+                published += self._publish(plan.namespace, item, slot)
+        if plan.namespace.chain:
+            # Only a leaf's stamp counts, and they hang on one another: one integer of 32 bytes for all.
+            for block in published:
+                block.touched = published[-1].touched
         self._let_go(plan)
         self._count(plan.items)
 
-    def _publish(self, namespace: Namespace, item: PutItem, slot: Slot) -> None:
+    def _publish(self, namespace: Namespace, item: PutItem, slot: Slot) -> tuple[Block, ...]:
+        """Returns the block, if it was stored."""
         if self._index.find(namespace, item.key) is not None:
             item.status = PutStatus.EXISTS
             self._residency.abandon(slot)
-            return
+            return ()
         held = namespace.blocks.get(item.key)
         block = (
             None if held is not None and held.slot is not None else self._index.insert(namespace, item.key, item.parent)
@@ -147,17 +153,18 @@ class Puts:
         if block is None:  # the parent has gone, or an agent is still filling the hole
             item.reason = Reject.NO_PARENT
             self._residency.abandon(slot)
-            return
+            return ()
         if block.copies:  # an orphan that its parent has just brought back
             item.status = PutStatus.EXISTS
             self._residency.abandon(slot)
-            return
+            return ()
         block.checksum = item.checksum
         item.status = PutStatus.STORED
         self._residency.stamp(block)
         if item.passes:
             self._residency.pass_through(block)
         self._residency.gain_warm(block, slot)
+        return (block,)
 
     def _new_items(self, plan: PutPlan) -> list[PutItem]:
         wanted = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from itertools import pairwise, repeat
 from math import lcm
@@ -96,10 +96,14 @@ class Reads:
         hot, warm = 0, found
         # Walking every block is only worth its time where the tiers can differ.
         if found and (counts[HOT].blocks or counts[COLD].blocks):
-            held = (namespace.blocks.get(keys[i : i + KEY_BYTES]) for i in range(0, found * KEY_BYTES, KEY_BYTES))
-            copies = [0 if block is None else block.copies for block in held]
-            hot = sum(1 for c in copies if c & HOT)
-            warm = sum(1 for c in copies if c & WARM and not c & HOT)
+            if namespace.chain:
+                block = namespace.blocks.get(keys[(found - 1) * KEY_BYTES : found * KEY_BYTES])
+                held = {} if block is None else block.copies_above(found)
+            else:
+                blocks = map(namespace.blocks.get, split_keys(keys[: found * KEY_BYTES]))
+                held = Counter(block.copies for block in blocks if block is not None)
+            hot = sum(count for copies, count in held.items() if copies & HOT)
+            warm = sum(count for copies, count in held.items() if copies & WARM and not copies & HOT)
         return MatchResult(found, found * namespace.block_tokens, hot, warm, found - hot - warm)
 
     def stored_prefix(self, namespace: Namespace, keys: bytes) -> int:

@@ -120,6 +120,11 @@ class Residency:
             block.reused = True
             block = block.parent
 
+    @property
+    def unsaved(self) -> int:
+        """Warm blocks that cold does not have; `dirty` lists them where there is a cold tier."""
+        return len(self.dirty) if self.budgets[COLD].capacity_bytes else self.counts[WARM].blocks
+
     def stamp(self, block: Block) -> None:
         """Give a block its first stamp, above the orphans' 0."""
         self.clock += 1
@@ -155,7 +160,7 @@ class Residency:
             over = budget.missing(namespace.tenant, missing * namespace.slot_bytes)
             room = missing - -(-over // namespace.slot_bytes)
             refs = self.allocator.take(namespace.tenant, namespace.slot_bytes, room) if room > 0 else []
-            found.extend(self.slots.fill(ref, owner) for ref in refs)
+            found.extend(self.slots.fill(refs, owner))
             budget.add(namespace.tenant, len(refs) * namespace.slot_bytes)
             if refs or (room > 0 and self.grow(namespace.tenant, namespace.slot_bytes)):
                 continue
@@ -194,7 +199,7 @@ class Residency:
         block.copies |= WARM
         self.counts[WARM].blocks += 1
         self.counts[WARM].writes += 1
-        if not saved:
+        if not saved and self.budgets[COLD].capacity_bytes:  # for nothing otherwise, in 42 to 84 bytes a block
             self.dirty[block] = None
         if block.spare & WARM:
             self.leaving_bytes += slot_bytes(block) if block.hits >= _PASSED else 0
@@ -320,7 +325,7 @@ class Residency:
         slot = block.slot
         if slot is None or slot.pins or block.saving:
             return False
-        return block.copies != WARM or block.first_child is None
+        return block.copies != WARM or block.below is None
 
     def _slot_freed(self, slot: Slot) -> None:
         slab = self.allocator.slab(slot.slab_id)
@@ -430,7 +435,7 @@ class Residency:
     def _may_leave_below(self, block: Block, tier: int) -> bool:
         if block.saving or (block.slot is not None and block.slot.state == SlotState.FILLING):
             return False  # an agent reads or writes that very copy
-        return block.copies != tier or block.first_child is None
+        return block.copies != tier or block.below is None
 
     # -- all copies -------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ FOREVER = 1 << 62
 
 _LEVELS = 256  # a key is sampled where its first byte is below the level
 _LEVEL_MIN = 3  # 1.2 %
+_PLENTY = 2 * SHADOW_BLOCKS  # names of a shadow from which on 0.4 % will do: a third of the names to hold
 _HALF_LIFE = 4  # of what was counted, in capacities
 _DOUBT = 1.5  # standard deviations by which another order must lead
 THRIFT = 0.0015
@@ -197,11 +198,11 @@ class Shadows:
         return for_it - against, math.sqrt(for_it + against)
 
     def _sample(self, blocks: int) -> None:
-        """Sample the larger of 1 % and enough for SHADOW_BLOCKS blocks of a shadow."""
+        """Sample the larger of 1 % and enough for SHADOW_BLOCKS blocks of a shadow; 0.4 % where that is _PLENTY."""
         level = _LEVELS
         while level > _LEVEL_MIN and blocks * level // 2 // _LEVELS >= SHADOW_BLOCKS:
             level //= 2
-        level = max(level, _LEVEL_MIN)
+        level = max(level, _LEVEL_MIN) if blocks // _LEVELS < _PLENTY else 1
         if level == self._level:
             return
         if level < self._level:

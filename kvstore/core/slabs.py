@@ -20,6 +20,7 @@ from functools import partial
 from itertools import repeat
 from typing import NamedTuple
 
+from kvstore.core.numbers import numbers
 from kvstore.protocol.slab import GENERATION_BYTES, HEADER_BYTES, SlabGeometry
 
 
@@ -157,7 +158,7 @@ class SlabAllocator:
         """MAKING to LIVE, with all slots free."""
         slab = self._in_state(slab_id, SlabState.MAKING)
         slab.state = SlabState.LIVE
-        slab.free = list(range(slab.geometry.slots - 1, -1, -1))
+        slab.free = numbers(slab.geometry.slots)[slab.geometry.slots - 1 :: -1]
         self._class_of(slab).enter(slab)
 
     def failed(self, slab_id: int) -> None:

@@ -78,7 +78,7 @@ class Operations:
         with self._lock:
             before = self._cache.residency.counts[COLD].writes
         cold = self._mover.tier(COLD)
-        left = self._mover.flush(timeout_s) if cold is not None else len(self._cache.residency.dirty)
+        left = self._mover.flush(timeout_s) if cold is not None else self._cache.residency.unsaved
         if cold is not None:
             cast(DurableTier, cold).flush()
         return self._cache.residency.counts[COLD].writes - before, left

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from array import array
-from operator import attrgetter
+from operator import add, attrgetter
 
 from kvstore.core.leases import Lease, LeasePart
 from kvstore.core.slots import SlotState
 from kvstore.v1 import kvstore_pb2
 
 # map and attrgetter: half the time of a comprehension, and a large reply is a third of an acquire.
-_STATE, _SLAB_ID, _INDEX, _GENERATION = map(attrgetter, ("state", "slab_id", "index", "generation"))
+_STATE, _SLAB_ID, _INDEX, _BASE = map(attrgetter, ("state", "slab_id", "index", "base"))
 _CHECKSUM = attrgetter("checksum")
 
 
@@ -28,7 +28,7 @@ def _group(part: LeasePart) -> kvstore_pb2.LeaseGroup:
     slots = part.slots
     slab_ids = array("I", list(map(_SLAB_ID, slots)))
     indices = array("I", list(map(_INDEX, slots)))
-    generations = array("Q", list(map(_GENERATION, slots)))
+    generations = array("Q", list(map(add, map(_BASE, slots), indices)))
     if sys.byteorder == "big":
         for numbers in (slab_ids, indices, generations):
             numbers.byteswap()

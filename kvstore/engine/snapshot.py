@@ -48,7 +48,7 @@ class Snapshots:
         for tier in (HOT, WARM, COLD):
             message.tiers.append(_tier(cache, tier))
         message.counters["slots_filling"] = cache.slots.filling
-        message.counters["dirty_blocks"] = len(residency.dirty)
+        message.counters["dirty_blocks"] = residency.unsaved
         message.counters["leaving_bytes"] = residency.leaving_bytes
         message.counters["prefetched_bytes"] = residency.prefetched_bytes
         for name, number in asdict(residency.admission.counts).items():

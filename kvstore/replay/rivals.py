@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 
 from kvstore.core.block import Block, Namespace
-from kvstore.core.leaf_lru import is_leaf
 
 _GHOSTS = 4  # of LRU-2, in capacities
 _NEVER = -1
@@ -63,7 +62,7 @@ class Rival:
             block.parent.touched = max(block.parent.touched, block.touched)
 
     def _free(self, block: Block, allowed: Callable[[Block], bool]) -> bool:
-        return is_leaf(block, self._tier) and allowed(block)
+        return block.is_leaf(self._tier) and allowed(block)
 
 
 class Lru2(Rival):

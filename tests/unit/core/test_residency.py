@@ -97,7 +97,7 @@ def test_a_parent_is_never_evicted_before_its_children(world: World) -> None:
     for step in range(300):
         parent = order.choice([b"", *names[-20:]])
         name = key(("n", step))
-        if world.put(space, [name], parent if parent in space.blocks else b"") == ["STORED"]:
+        if world.put(space, [name], parent if parent and parent in space.blocks else b"") == ["STORED"]:
             names.append(name)
         if step % 3 == 0:
             for save in world.start_saves(2):

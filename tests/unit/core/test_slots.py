@@ -35,7 +35,7 @@ class Pool:
         return self.allocator.free_slots("t", PAGE)
 
     def fill(self) -> Slot:
-        return self.table.fill(self.allocator.take("t", PAGE, 1)[0], OWNER)
+        return self.table.fill(self.allocator.take("t", PAGE, 1), OWNER)[0]
 
     def ready(self) -> Slot:
         slot = self.fill()
@@ -53,7 +53,7 @@ def test_free_is_given_to_one_filler(pool: Pool) -> None:
     assert slot.state is SlotState.FILLING
     assert (pool.free, pool.table.filling) == (3, 1)
     with pytest.raises(AssertionError, match="two fillers"):
-        pool.table.fill(slot.ref, OWNER)
+        pool.table.fill([slot.ref], OWNER)
 
 
 def test_filling_is_invisible(pool: Pool) -> None:
