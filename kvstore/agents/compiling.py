@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstore.agents.loads import Loads
 from kvstore.tiers.base import TierItem
 
 if TYPE_CHECKING:  # a hot agent has no use for codecs
@@ -21,6 +22,8 @@ if TYPE_CHECKING:  # a hot agent has no use for codecs
 # Raw bytes coded before compiling begins: about as long as it takes, on one core.
 WORTH_BYTES = 256 << 20
 _NICENESS = 19
+# Compiling takes 4 s of a core, and after a restart the first reads are what a worker waits for. Then it begins anyway.
+_PATIENCE_S = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -51,9 +54,10 @@ class Compilable(Protocol):
 class CompilingFormat:
     """A BlockFormat that has the one it wraps compiled, in the background, once it has done some work."""
 
-    def __init__(self, inner: Compilable, worth_bytes: int = WORTH_BYTES) -> None:
-        """Wrap `inner`; `worth_bytes`: after so many raw bytes."""
+    def __init__(self, inner: Compilable, loads: Loads, worth_bytes: int = WORTH_BYTES) -> None:
+        """Wrap `inner`; `worth_bytes`: after so many raw bytes, and once `loads` are through."""
         self._inner = inner
+        self._loads = loads
         self._left_bytes = worth_bytes
         self._lock = threading.Lock()
         self._started = False
@@ -83,6 +87,7 @@ class CompilingFormat:
 
     def _compile(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        self._loads.await_none(_PATIENCE_S)
         try:
             if self._inner.compile():
                 give_back_heap()

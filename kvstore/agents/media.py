@@ -99,7 +99,8 @@ def _open_cold(config: agent_pb2.AgentConfig, memory: SlabMemory) -> Medium:
     frames.warm()
     give_back_heap()
     loads = Loads()
-    pausing = PausingFormat(frames if config.kernels in ("numba", "numpy") else CompilingFormat(frames), loads)
+    settled = config.kernels in ("numba", "numpy")
+    pausing = PausingFormat(frames if settled else CompilingFormat(frames, loads), loads)
     wanted: dict[str, Any] = {
         "durability": config.durability,
         "sync_interval_s": config.sync_interval_ms / 1000,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import threading
@@ -11,6 +12,12 @@ from numpy.typing import NDArray
 
 from kvstore.protocol.errors import InvalidRequest, NotFound
 from kvstore.tiers.base import SlabMemory, SlabRange
+
+_CHUNK_BYTES = 256 << 10
+_MADV_POPULATE_WRITE = 23  # since Linux 5.14
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class MappedSlabs(SlabMemory):
@@ -22,6 +29,7 @@ class MappedSlabs(SlabMemory):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._slabs: dict[int, NDArray[np.uint8]] = {}
+        self._touched: dict[int, bytearray] = {}  # by chunk: whether this process has its pages
 
     def map(self, slab_id: int, fd: int, segment_bytes: int) -> None:
         """Map a segment read-write; the caller keeps `fd` and may close it afterwards.
@@ -39,6 +47,7 @@ class MappedSlabs(SlabMemory):
                 raise InvalidRequest(f"slab {slab_id} is mapped already")
             segment = mmap.mmap(fd, segment_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
             self._slabs[slab_id] = np.frombuffer(segment, np.uint8)
+            self._touched[slab_id] = bytearray(-(-segment_bytes // _CHUNK_BYTES))
 
     def unmap(self, slab_id: int) -> None:
         """Drop a slab; the pages go with the last view of it.
@@ -49,6 +58,7 @@ class MappedSlabs(SlabMemory):
         with self._lock:
             if self._slabs.pop(slab_id, None) is None:
                 raise NotFound(f"slab {slab_id} is not mapped")
+            del self._touched[slab_id]
 
     def check(self, place: SlabRange) -> None:
         """Refuse a range that leaves its slab. A slab that is not mapped is the tier's to answer, block by block.
@@ -69,12 +79,24 @@ class MappedSlabs(SlabMemory):
         slab = self._slabs[place.slab_id]
         if not _inside(place, slab):
             raise KeyError(place)
+        self._touch(place, slab)
         return slab[place.offset : place.offset + place.nbytes]
 
     def close(self) -> None:
         """Drop every slab; idempotent."""
         with self._lock:
             self._slabs.clear()
+            self._touched.clear()
+
+    def _touch(self, place: SlabRange, slab: NDArray[np.uint8]) -> None:
+        """Map the pages of a range at its first use: one call where each page would be a fault of its own."""
+        touched = self._touched[place.slab_id]
+        first, stop = place.offset // _CHUNK_BYTES, -(-(place.offset + place.nbytes) // _CHUNK_BYTES)
+        if touched.find(0, first, stop) < 0:
+            return
+        start, end = first * _CHUNK_BYTES, min(stop * _CHUNK_BYTES, slab.size)
+        _libc.madvise(slab.ctypes.data + start, end - start, _MADV_POPULATE_WRITE)  # where it cannot, pages fault
+        touched[first:stop] = b"\1" * (stop - first)
 
 
 def _inside(place: SlabRange, slab: NDArray[np.uint8]) -> bool:

@@ -28,6 +28,7 @@ EXIT_NOT_STARTED = 1
 EXIT_USAGE = 64
 EXIT_DEFECT = 70
 
+_SWITCH_INTERVAL_S = 0.0001
 _COLD_NICENESS = 10  # compression must not take the processor from workers and daemon
 _PR_SET_PDEATHSIG = 1
 
@@ -103,4 +104,6 @@ def _announce(frames: FrameSocket, call_id: int, ready: agent_pb2.AgentReady) ->
 def _open(config: agent_pb2.AgentConfig, memory: MappedSlabs) -> Medium:
     if config.tier == "cold":
         os.nice(_COLD_NICENESS)
+    # A reader that is back from decoding must not wait 5 ms for the interpreter while codecs are being compiled.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     return open_medium(config, memory)

@@ -23,7 +23,8 @@ from kvstore.bench.files import PlainFile, drop_from_page_cache
 from kvstore.bench.memory import WorkingSet, kv_like_blocks
 from kvstore.bench.neighbours import neighbours
 from kvstore.bench.scale import MIB, Scale
-from kvstore.bench.transfers import BIG_BLOCK, IncompleteTransfer
+from kvstore.bench.transfers import BIG_BLOCK
+from kvstore.bench.worker import IncompleteTransfer
 from kvstore.v1 import admin_pb2, types_pb2
 from kvstore_client import Client, Keys, Namespace
 
@@ -193,7 +194,7 @@ class Cold:
         """Put a long prefix piece by piece, each saved before the next, so that none is dropped unsaved."""
         for start in range(0, len(keys), _RESTART_BATCH):
             part = keys[start : start + _RESTART_BATCH]
-            space.put(part, kv_like_blocks(len(part), _RESTART_BLOCK_BYTES), timeout_s=_CALL_TIMEOUT_S)
+            worker.put_all(space, part, kv_like_blocks(len(part), _RESTART_BLOCK_BYTES), _CALL_TIMEOUT_S)
             self._flush(daemon)
 
     def _flush(self, daemon: SpawnedDaemon) -> None:
@@ -231,12 +232,12 @@ class _Stored:
 
     def put(self, client: Client) -> None:
         """Store the working set."""
-        self._space(client).put(self._keys, self.blocks.source, timeout_s=_CALL_TIMEOUT_S)
+        worker.put_all(self._space(client), self._keys, self.blocks.source, _CALL_TIMEOUT_S)
 
     def put_again(self, client: Client, seed: int) -> None:
         """Store it under other keys."""
         space = self._space(client)
-        space.put(space.keys(worker.tokens(len(self.order), seed)), self.blocks.source, timeout_s=_CALL_TIMEOUT_S)
+        worker.put_all(space, space.keys(worker.tokens(len(self.order), seed)), self.blocks.source, _CALL_TIMEOUT_S)
 
     def clear(self, client: Client) -> None:
         """Leave nothing behind."""

@@ -19,7 +19,8 @@ from kvstore.bench.daemon import DaemonFailed, SpawnedDaemon, spawned
 from kvstore.bench.figures import Result, chosen
 from kvstore.bench.neighbours import NeighbourFailed
 from kvstore.bench.scale import Scale
-from kvstore.bench.transfers import BIG_BLOCK, SMALL_BLOCK, IncompleteTransfer, Transfers
+from kvstore.bench.transfers import BIG_BLOCK, SMALL_BLOCK, Transfers
+from kvstore.bench.worker import IncompleteTransfer
 from kvstore.machine import Machine
 from kvstore.protocol.errors import KVStoreError
 from kvstore_client import Client

@@ -12,15 +12,12 @@ from kvstore.bench import worker
 from kvstore.bench.figures import Result, Value, transfer_result
 from kvstore.bench.memory import WorkingSet
 from kvstore.bench.scale import Scale
+from kvstore.bench.worker import IncompleteTransfer
 from kvstore_client import STORED, Client, Keys
 
 BIG_BLOCK = 2 << 20
 SMALL_BLOCK = 256 << 10
 _CALL_TIMEOUT_S = 30.0  # a benchmark measures how long it takes; it does not give up at a worker's deadline
-
-
-class IncompleteTransfer(RuntimeError):
-    """The daemon did not take or give every block, so that the time taken means nothing."""
 
 
 class Transfers:

@@ -6,14 +6,22 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from kvstore_client import Client, KVLayout, Namespace, TensorSpec
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore_client import Client, Keys, KVLayout, Namespace, PutStatus, TensorSpec
 
 BLOCK_TOKENS = 16
 _SETTLE_TIMEOUT_S = 60.0
 _POLL_S = 0.05
+_PUT_TRIES = 5
 
 # Layers that give a block of 16 tokens, 8 heads of 128 in bfloat16 the size wanted.
 _LAYERS = {2 << 20: 32, 256 << 10: 4, 64 << 10: 1}
+
+
+class IncompleteTransfer(RuntimeError):
+    """The daemon did not take or give every block, so that the time taken means nothing."""
 
 
 class NotSettled(TimeoutError):
@@ -39,6 +47,21 @@ def tokens(blocks: int, seed: int = 0) -> list[int]:
     """Token ids of a prefix of `blocks` blocks; another seed gives another prefix from its first block on."""
     first = (seed + 1) * 7919
     return [(first + 31 * index) % 128_000 for index in range(blocks * BLOCK_TOKENS)]
+
+
+def put_all(space: Namespace, keys: Keys, blocks: NDArray[np.uint8], timeout_s: float) -> None:
+    """Store every block, in as many puts as that takes.
+
+    Raises:
+        IncompleteTransfer: several in a row stored nothing; the message has what they said.
+    """
+    done = tries = 0
+    while done < len(keys):
+        outcomes = space.put(keys[done:], blocks[done:], timeout_s=timeout_s)
+        stored = next((at for at, one in enumerate(outcomes) if one.status is PutStatus.REJECTED), len(outcomes))
+        done, tries = done + stored, 0 if stored else tries + 1
+        if tries == _PUT_TRIES:
+            raise IncompleteTransfer(f"{done} of {len(keys)} blocks were stored, then {outcomes[0]}")
 
 
 def tier(client: Client, name: str, counter: str) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Iterator
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from kvstore.core.block import WARM, Block, Namespace
@@ -12,7 +13,7 @@ from kvstore.core.slots import Slot, SlotState
 if TYPE_CHECKING:
     from kvstore.core.residency import Residency
 
-_FORCE_LOOK = 1024  # blocks, with the engine's lock held
+_FORCE_LOOK = 16_384  # slots or blocks, with the engine's lock held: a millisecond
 
 ClassKey = tuple[str, int]  # tenant, slot bytes
 
@@ -22,6 +23,7 @@ class Lending:
 
     def __init__(self, residency: Residency) -> None:
         self._residency = residency
+        self._cursors: dict[ClassKey, Iterator[Slot]] = {}
 
     def reclaim_slab(self, tenant: str, slot_size: int, lender: ClassKey | None = None) -> int | None:
         """Empty a slab of another class (of `lender`, if given) and start to retire it; returns its id.
@@ -59,6 +61,17 @@ class Lending:
         budget = self._residency.budgets[WARM]
         return payers(budget.by_tenant, budget.capacity_bytes, tenant, slot_size)
 
+    def _cursor(self, key: ClassKey) -> Iterator[Slot]:
+        """The slots of a class, from where the last look ended, and then once more from the start."""
+        for _ in range(2):
+            if key not in self._cursors:
+                slabs = self._residency.allocator.slabs()
+                mine = [slab.slab_id for slab in slabs if (slab.tenant, slab.geometry.slot_bytes) == key]
+                # No generator: that would end with the caller's loop.
+                self._cursors[key] = chain.from_iterable(map(self._residency.slots.in_slab, mine))
+            yield from self._cursors[key]
+            del self._cursors[key]
+
     def _may_be_moved(self, slot: Slot) -> bool:
         block = slot.owner
         if slot.state != SlotState.READY or slot.pins or not isinstance(block, Block) or block.saving:
@@ -80,14 +93,23 @@ class Lending:
             self._residency.forget_all(block.subtree())
 
     def force(self, namespace: Namespace) -> bool:
-        """Drop a block that has to be saved first, with what hangs on it below: cold is down, or takes nothing.
+        """Drop a block although it is nobody's turn: no leaf may leave.
 
-        Else warm would stay full of parents whose children are in cold until that is mended.
+        First one that another tier has too: a prefix longer than warm is stored with its end pinned, and all the rest
+        hangs on that. Else one that has to be saved first, with what hangs on it below: where cold is down or takes
+        nothing, warm would stay full of parents whose children are in cold until that is mended.
         """
-        for block in islice(self._residency.dirty, _FORCE_LOOK):
-            slot, other = block.slot, block.namespace
-            fits = (other.tenant, other.slot_bytes) == (namespace.tenant, namespace.slot_bytes)
-            if fits and slot is not None and self._may_be_moved(slot):
-                self._drop_with_subtree(slot)
+        key = (namespace.tenant, namespace.slot_bytes)
+        for slot in islice(self._cursor(key), _FORCE_LOOK):
+            block = slot.owner
+            if slot.pins or slot.state != SlotState.READY or not isinstance(block, Block) or block.slot is not slot:
+                continue
+            if block.copies != WARM and not block.saving:
+                self._residency.evict_warm(block)
+                return True
+        for dirty in islice(self._residency.dirty, _FORCE_LOOK):
+            held, other = dirty.slot, dirty.namespace
+            if (other.tenant, other.slot_bytes) == key and held is not None and self._may_be_moved(held):
+                self._drop_with_subtree(held)
                 return True
         return False

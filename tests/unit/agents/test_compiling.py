@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kvstore.agents.compiling import CompilingFormat
+from kvstore.agents.loads import Loads
 from kvstore.tiers.base import BlockRef, SlabRange, TierItem
 
 BOUND_S = 20.0
@@ -43,7 +44,7 @@ class Frames:
 
 def test_nothing_is_compiled_for_a_short_life() -> None:
     frames = Frames()
-    subject = CompilingFormat(frames, worth_bytes=1000)
+    subject = CompilingFormat(frames, Loads(), worth_bytes=1000)
     for _ in range(9):
         subject.encode(ITEM, np.zeros(100, np.uint8))
     assert not frames.begun.is_set()
@@ -52,7 +53,7 @@ def test_nothing_is_compiled_for_a_short_life() -> None:
 @pytest.mark.parametrize("error", [None, RuntimeError("no compiler")])
 def test_compiling_waits_for_nobody_and_nobody_for_it(error: Exception | None) -> None:
     frames = Frames(error)
-    subject = CompilingFormat(frames, worth_bytes=1000)
+    subject = CompilingFormat(frames, Loads(), worth_bytes=1000)
     out = np.zeros(600, np.uint8)
     subject.encode(ITEM, out)
     subject.decode(memoryview(b""), ITEM, out)

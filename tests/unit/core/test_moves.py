@@ -93,6 +93,19 @@ def test_a_block_on_its_way_out_that_is_used_again_stays() -> None:
     check(world)
 
 
+def test_a_prefix_longer_than_warm_is_stored(world: World) -> None:
+    """Its end is pinned while more is put behind it, and all hangs on that: what is saved may go all the same."""
+    space = world.open()
+    keys = chain(40)
+    for start in range(0, 40, 4):
+        parent = keys[start - 1] if start else b""
+        assert world.put(space, keys[start : start + 4], parent) == ["STORED"] * 4
+        world.save_all()
+        check(world)
+    assert world.match(space, keys) == 40
+    check_media(world)
+
+
 def test_nothing_is_saved_where_there_is_no_cold_tier() -> None:
     world = World()
     world.put(world.open(), chain(8))
