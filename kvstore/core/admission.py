@@ -61,13 +61,17 @@ class Admission:
         if not wanted and self._rate and self._tokens < nbytes:
             self.counts.refused_budget += 1
             return False
-        if not wanted and not block.reused:
-            self._judged += 1.0
-            if not self.writes_all or (self._rate and self._tokens < _RESERVE * self._burst):
-                self.counts.refused_first_use += 1
-                return False
+        if not wanted and not block.reused and self._rate and self._tokens < _RESERVE * self._burst:
+            self.counts.refused_budget += 1
+            return False
         self._tokens -= nbytes
         return True
+
+    def admits_first_use(self) -> bool:
+        """Whether a block that was used once is worth the wear, in a tier that is full."""
+        self._judged += 1.0
+        self.counts.refused_first_use += not self.writes_all
+        return self.writes_all
 
     def settle(self, nbytes: int, stored_bytes: int) -> None:
         """A block was written in fewer bytes than were taken for it, or not at all."""

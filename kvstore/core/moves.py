@@ -91,11 +91,10 @@ class Moves:
         leaving warm. One that has something below hanging on it is not refused, for it could never leave.
         """
         residency = self._residency
-        if any(child.saving or child.copies & COLD for child in block.children()):
-            wanted = True
-        elif block.parent is not None and block.parent.spare & REFUSED:
-            return False
-        if not wanted and not residency.admits_below(block):
+        wanted = wanted or any(child.saving or child.copies & COLD for child in block.children())
+        if wanted:
+            residency.reconsider(block.parent)
+        elif (block.parent is not None and block.parent.spare & REFUSED) or not residency.admits_below(block):
             return False
         return residency.admission.admits(block, block.namespace.block_nbytes, now_s, wanted)
 

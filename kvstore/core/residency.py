@@ -307,6 +307,15 @@ class Residency:
         block.spare |= WARM
         block.hits = _PASSED
 
+    def reconsider(self, block: Block | None) -> None:
+        """What hangs on these blocks is saved: they must be as well, whatever was said of them."""
+        while block is not None and block.spare & REFUSED:
+            block.spare &= ~REFUSED
+            self.dirty[block] = None
+            if block.spare & WARM:
+                self.urgent[block] = None
+            block = block.parent
+
     def refuse_save(self, block: Block) -> None:
         """It is not worth a write: it may be dropped as it is, unless it is used again."""
         self._clean(block)
@@ -377,7 +386,9 @@ class Residency:
         """Whether the block is worth a place in cold, where its order says so once that is full."""
         budget, namespace = self.budgets[COLD], block.namespace
         if block.reused or not budget.missing(namespace.tenant, namespace.block_nbytes):
-            return True
+            return True  # as long as there is room the drive is written once, and second uses may come late
+        if not self.admission.admits_first_use():
+            return False
         victim = self._victim_below(COLD, (namespace.tenant,), spare_ahead=True)
         if victim is None or self.orders.admits(namespace, block.key, victim, COLD):
             return True
