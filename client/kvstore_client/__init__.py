@@ -48,7 +48,16 @@ from kvstore.protocol.layout import KVLayout, TensorSpec
 from kvstore_client.client import Client
 from kvstore_client.lease import Lease
 from kvstore_client.namespace import Namespace
-from kvstore_client.outcomes import EXISTS, REJECTED, STORED, Match, PutOutcome, PutStatus, RejectReason
+from kvstore_client.outcomes import (
+    EXISTS,
+    REJECTED,
+    STORED,
+    Match,
+    PutOutcome,
+    PutStatus,
+    RejectReason,
+    WithheldReason,
+)
 from kvstore_client.reading import LeaseGroup
 from kvstore_client.staged import StagedBuffers
 
@@ -79,4 +88,5 @@ __all__ = [
     "TensorSpec",
     "Unauthenticated",
     "Unavailable",
+    "WithheldReason",
 ]

@@ -28,14 +28,28 @@ class Claim:
         released: blocks [0, released) have been given back.
         ended: why it is over; None while it lives.
         anchor: keeps the client attached while the lease is in use.
+        withheld: further blocks that are stored and were not promised.
+        withheld_reason: why, as on the wire.
     """
 
-    __slots__ = ("__weakref__", "anchor", "ended", "lease_id", "placements", "released", "session")
+    __slots__ = (
+        "__weakref__",
+        "anchor",
+        "ended",
+        "lease_id",
+        "placements",
+        "released",
+        "session",
+        "withheld",
+        "withheld_reason",
+    )
 
     def __init__(self, session: Session | None, reply: pb.LeaseReply) -> None:
         self.session = session if reply.lease_id else None
         self.lease_id = reply.lease_id
         self.released = 0
+        self.withheld = reply.withheld
+        self.withheld_reason: int = reply.withheld_reason
         self.ended: str | None = None
         self.anchor: object = None
         self.placements: Sequence[Placement] = ()
@@ -71,6 +85,11 @@ class Claim:
         """A slab is read for the first time."""
         if self.session is not None:
             self.session.slabs.populate(slab)
+
+    def note_copy(self, nbytes: int, seconds: float) -> None:
+        """Blocks have been copied out of warm."""
+        if self.session is not None:
+            self.session.copies.note(nbytes, seconds)
 
     def await_ready(self, stop: int, deadline_s: float) -> None:
         """Ask the daemon once to say when blocks [0, stop) are readable; cuts the lease if some are lost.

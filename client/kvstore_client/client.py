@@ -16,6 +16,7 @@ from kvstore.protocol.namespace import KVLayout, NamespaceSpec
 from kvstore.v1 import kvstore_pb2 as pb
 from kvstore_client import forks
 from kvstore_client.address import resolve
+from kvstore_client.benefit import Recompute, checked
 from kvstore_client.connection import FAIL_OPEN_ERRORS, Connection
 from kvstore_client.lease import Lease
 from kvstore_client.namespace import ASK_TIMEOUT_S, Mode, Namespace, acquire_groups
@@ -102,10 +103,13 @@ class Client:
         with contextlib.suppress(*(FAIL_OPEN_ERRORS if fail_open else ())):
             self._connection.run(lambda session, deadline_s: None, ATTACH_TIMEOUT_S)
 
-    def namespace(self, **fields: Unpack[NamespaceFields]) -> Namespace:
+    def namespace(self, *, recompute_s_per_token: Recompute = 0.0, **fields: Unpack[NamespaceFields]) -> Namespace:
         """A namespace: all that must agree for two workers to share blocks.
 
         Args:
+            recompute_s_per_token: what this worker needs to compute a token's KV, in seconds; or (a, b), where token t
+                of a prompt takes a + b * t. Then match() and acquire() promise only what is fetched quicker than that.
+                0: everything that is stored.
             **fields: model (id) and revision; block_tokens (1..65536); layout (KVLayout of one block);
                 kind: "chain" (default: prefixes) or "set" (independent blocks);
                 shard: axis -> (rank, size) for tp, pp, dcp, …, or "all" (default);
@@ -123,7 +127,7 @@ class Client:
             spec = NamespaceSpec(**fields)
         except TypeError as error:
             raise InvalidRequest(f"namespace(): {str(error).removeprefix('NamespaceSpec.__init__() ')}") from error
-        namespace = Namespace(self._connection, spec, self._anchor)
+        namespace = Namespace(self._connection, spec, self._anchor, checked(recompute_s_per_token))
 
         def open_it(session: Session, deadline_s: float) -> None:
             namespace.open_on(session, deadline_s)
@@ -139,6 +143,8 @@ class Client:
         exact: bool = False,
     ) -> Lease:
         """One lease on several namespaces: the longest position that all of them can serve, or nothing.
+
+        What recomputing takes does not count here: all that is stored is promised.
 
         Args:
             groups: (namespace, keys, mode) for each: "prefix" leases all blocks up to the position, "last" only the

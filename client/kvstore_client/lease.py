@@ -12,6 +12,7 @@ from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.v1 import kvstore_pb2 as pb
 from kvstore_client._lazy import np
 from kvstore_client.claim import Claim
+from kvstore_client.outcomes import WithheldReason, withheld_reason
 from kvstore_client.placement import Placement
 from kvstore_client.reading import READ_TIMEOUT_S, LeaseGroup
 from kvstore_client.rpc import HANDOFF, deadline_after
@@ -66,6 +67,19 @@ class Lease:
     def lossy(self) -> frozenset[int]:
         """Indexes of the blocks that come from a lossy copy; none but in a namespace with a cold_codec."""
         return self.groups[0].lossy
+
+    @property
+    def withheld(self) -> int:
+        """Further blocks that are stored and were not promised: `withheld_reason` says why.
+
+        Once they are computed there is nothing to put but what follows them: keys[lease.blocks + lease.withheld :].
+        """
+        return self._claim.withheld
+
+    @property
+    def withheld_reason(self) -> WithheldReason | None:
+        """Why blocks were withheld; None where none were."""
+        return withheld_reason(self._claim.withheld, self._claim.withheld_reason)
 
     @property
     def ready(self) -> int:

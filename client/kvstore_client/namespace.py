@@ -10,11 +10,12 @@ from kvstore.protocol.keys import KEY_BYTES, Extra, Keys, chain_keys
 from kvstore.protocol.namespace import CHAIN, NamespaceSpec
 from kvstore.v1 import kvstore_pb2 as pb
 from kvstore_client._lazy import np
+from kvstore_client.benefit import Recompute, checked, worker_costs
 from kvstore_client.buffers import Wanted, block_buffers
 from kvstore_client.claim import Claim
 from kvstore_client.connection import Connection
 from kvstore_client.lease import Lease
-from kvstore_client.outcomes import NO_MATCH, REJECTED, Match, PutOutcome, RejectReason
+from kvstore_client.outcomes import NO_MATCH, REJECTED, Match, PutOutcome, RejectReason, withheld_reason
 from kvstore_client.put import PutPipeline, PutTarget
 from kvstore_client.rpc import ACQUIRE, ADOPT, CLEAR, DELETE, EXISTS, MATCH, PREFETCH
 from kvstore_client.session import Session
@@ -41,10 +42,14 @@ class Namespace:
         spec: what was said of it.
         connection: of its client.
         anchor: keeps its client attached; leases hold it too.
+        recompute: seconds to compute a token, as kvstore_client.benefit.checked() gives them.
     """
 
-    def __init__(self, connection: Connection, spec: NamespaceSpec, anchor: object) -> None:
+    def __init__(
+        self, connection: Connection, spec: NamespaceSpec, anchor: object, recompute: tuple[float, float] = (0.0, 0.0)
+    ) -> None:
         self.spec = spec
+        self.recompute = recompute
         self.connection = connection
         self.anchor = anchor
         self._block_nbytes = spec.block_nbytes
@@ -83,26 +88,37 @@ class Namespace:
 
     # --- asking
 
-    def match(self, keys: Keys | bytes, timeout_s: float = ASK_TIMEOUT_S) -> Match:
+    def match(
+        self,
+        keys: Keys | bytes,
+        timeout_s: float = ASK_TIMEOUT_S,
+        *,
+        recompute_s_per_token: Recompute | None = None,
+    ) -> Match:
         """The longest stored prefix of the keys. Pins nothing, so it may be gone a moment later.
 
         Args:
             keys: in prefix order; `bytes` are 32-byte keys one after the other.
             timeout_s: bound of the call.
+            recompute_s_per_token: as in Client.namespace(), for this call; None: as was said there. What would not be
+                worth its fetch is in `withheld`.
 
         Raises:
             Unavailable, DeadlineExceeded: no answer (a fail-open client answers zero blocks).
             InvalidRequest: the keys are no keys, or too many.
         """
         data = packed(keys)
+        recompute = self.recompute_or(recompute_s_per_token)
         if not data:
             return NO_MATCH
 
         def ask(session: Session, deadline_s: float) -> Match:
-            request = pb.MatchRequest(namespace=self.open_on(session, deadline_s), keys=data)
+            worker = worker_costs(recompute, session.copies)
+            request = pb.MatchRequest(namespace=self.open_on(session, deadline_s), keys=data, worker=worker)
             reply = session.link.call(MATCH, request, deadline_s)
             by_tier = {"hot": reply.hot_blocks, "warm": reply.warm_blocks, "cold": reply.cold_blocks}
-            return Match(reply.blocks, reply.tokens, by_tier)
+            reason = withheld_reason(reply.withheld, reply.withheld_reason)
+            return Match(reply.blocks, reply.tokens, by_tier, reply.withheld, reason)
 
         return self.connection.run_or(ask, timeout_s, lambda: NO_MATCH)
 
@@ -123,22 +139,32 @@ class Namespace:
 
     # --- reading
 
-    def acquire(self, keys: Keys | bytes, timeout_s: float = ASK_TIMEOUT_S, *, exact: bool = False) -> Lease:
+    def acquire(
+        self,
+        keys: Keys | bytes,
+        timeout_s: float = ASK_TIMEOUT_S,
+        *,
+        exact: bool = False,
+        recompute_s_per_token: Recompute | None = None,
+    ) -> Lease:
         """Pin the longest stored prefix of the keys and start loading its cold part.
 
         Args:
             keys: in prefix order.
             timeout_s: bound of this call, not of the loading.
             exact: blocks that are only left as a lossy copy count as absent. Matters in a namespace with a cold_codec.
+            recompute_s_per_token: as in Client.namespace(), for this call; None: as was said there. What is not worth
+                its fetch is not promised; `Lease.withheld` counts it.
 
         Returns:
-            A lease, of zero blocks if nothing is stored. Use it as a context manager.
+            A lease, of zero blocks if nothing is stored (or worth its fetch). Use it as a context manager.
 
         Raises:
             Unavailable, DeadlineExceeded: no answer (a fail-open client gets a lease of zero blocks).
             InvalidRequest: the keys are no keys, or too many.
         """
-        return acquire_groups(self.connection, [(self, keys, "prefix")], timeout_s, exact=exact)
+        recompute = self.recompute_or(recompute_s_per_token)
+        return acquire_groups(self.connection, [(self, keys, "prefix")], timeout_s, exact=exact, recompute=recompute)
 
     def adopt(self, token: bytes, timeout_s: float = ASK_TIMEOUT_S) -> Lease:
         """Take over a lease that another session of the tenant handed off; a token works once.
@@ -303,6 +329,10 @@ class Namespace:
 
     # --- inside
 
+    def recompute_or(self, given: Recompute | None) -> tuple[float, float]:
+        """The recompute cost of a call that was given one, or None."""
+        return self.recompute if given is None else checked(given)
+
     def open_on(self, session: Session, deadline_s: float) -> bytes:
         """Make sure that the session's daemon knows the namespace; returns its digest there."""
         serial, digest = self._opened
@@ -324,7 +354,12 @@ class Namespace:
 
 
 def acquire_groups(
-    connection: Connection, groups: Sequence[tuple[Namespace, Keys | bytes, Mode]], timeout_s: float, *, exact: bool
+    connection: Connection,
+    groups: Sequence[tuple[Namespace, Keys | bytes, Mode]],
+    timeout_s: float,
+    *,
+    exact: bool,
+    recompute: tuple[float, float] = (0.0, 0.0),
 ) -> Lease:
     """See Namespace.acquire and Client.acquire."""
     namespaces = [namespace.spec for namespace, _, _ in groups]
@@ -337,7 +372,8 @@ def acquire_groups(
             pb.AcquireGroup(namespace=namespace.open_on(session, deadline_s), keys=data, mode=mode)
             for namespace, data, mode in asked
         ]
-        reply = session.ask_for_lease(ACQUIRE, pb.AcquireRequest(groups=wanted, exact=exact), deadline_s)
+        request = pb.AcquireRequest(groups=wanted, exact=exact, worker=worker_costs(recompute, session.copies))
+        reply = session.ask_for_lease(ACQUIRE, request, deadline_s)
         return session.lease(reply, namespaces, groups[0][0].anchor, deadline_s)
 
     return connection.run_or(ask, timeout_s, lambda: nothing(namespaces))

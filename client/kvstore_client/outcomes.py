@@ -34,6 +34,13 @@ class RejectReason(IntEnum):
     NOT_ADMITTED = 10  # worth less than what would have to leave; stored if it is put again soon
 
 
+class WithheldReason(IntEnum):
+    """Why blocks that are stored were not promised; the numbers are those of the wire."""
+
+    UNKNOWN = 0  # a reason that this client does not know: the daemon is newer
+    NOT_WORTH = 1  # to fetch them would take longer than to recompute them
+
+
 @dataclass(frozen=True, slots=True)
 class PutOutcome:
     """What became of one block: STORED, EXISTS, or REJECTED(reason).
@@ -74,14 +81,25 @@ class Match(NamedTuple):
         blocks: in the prefix.
         tokens: in the prefix.
         by_tier: blocks by the fastest tier that holds them: "hot", "warm", "cold".
+        withheld: further blocks that are stored, and would not be promised.
+        withheld_reason: why; None where there are none.
     """
 
     blocks: int
     tokens: int
     by_tier: Mapping[str, int]
+    withheld: int = 0
+    withheld_reason: WithheldReason | None = None
 
 
 NO_MATCH = Match(0, 0, {"hot": 0, "warm": 0, "cold": 0})
+
+
+def withheld_reason(withheld: int, reason: int) -> WithheldReason | None:
+    """The reason of a reply that withheld so many blocks."""
+    if not withheld:
+        return None
+    return WithheldReason(reason) if reason in WithheldReason.__members__.values() else WithheldReason.UNKNOWN
 
 
 def decode(statuses: bytes, reasons: bytes) -> list[PutOutcome]:

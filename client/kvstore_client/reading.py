@@ -150,7 +150,10 @@ class LeaseGroup:
         for run in runs:
             if not run.slab.is_populated:
                 self._claim.populate(run.slab)
+        begin_s = time.perf_counter()
+        for run in runs:
             target.take(run.slab.rows[run.slot : run.slot + run.stop - run.first, :nbytes], run.first)
+        self._claim.note_copy((stop - start) * nbytes, time.perf_counter() - begin_s)
         with self._fence:
             pass
         good = self._placement.readable_to(start, stop)  # asks for the runs again: none is left if the lease ended

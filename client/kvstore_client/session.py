@@ -18,6 +18,7 @@ from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.v1 import kvstore_pb2 as pb
 from kvstore_client._lazy import metadata
 from kvstore_client.address import Address
+from kvstore_client.benefit import CopyRate
 from kvstore_client.claim import Claim
 from kvstore_client.grpc_link import GrpcLink
 from kvstore_client.keeper import Keeper
@@ -60,6 +61,7 @@ class Session:
         instance_id: of the daemon; differs after every start.
         link: carries the calls.
         slabs: mapped memory.
+        copies: how fast blocks are copied out of it.
     """
 
     def __init__(self, options: Options, deadline_s: float) -> None:
@@ -82,6 +84,7 @@ class Session:
         sock = connect(options.address.attach_path, deadline_s - time.monotonic())
         self.attach = LocalLink(sock, self._on_lost)
         self.slabs = SlabCache(self.attach)
+        self.copies = CopyRate()
         self.link: Link = self.attach
         try:
             self._open(options, deadline_s)

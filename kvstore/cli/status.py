@@ -93,10 +93,28 @@ def _ratios(stats: pb.GetStatsResponse) -> Text:
         f"put      {stats.put_stored:,} stored, {stats.put_exists:,} existed"
         + (f", rejected: {rejected}" if rejected else ""),
         f"holding  {stats.namespaces:,} namespaces, {stats.leases:,} leases, {staging} staging",
+        *_withheld(stats),
         *_wear(stats),
         f"process  {render.size(stats.anonymous_bytes)} of memory beside the pool",
     ]
     return Text("\n" + "\n".join(lines))
+
+
+def _withheld(stats: pb.GetStatsResponse) -> list[str]:
+    """What the benefit gate did, and by which figures; nothing where it had nothing to do."""
+    blocks = stats.counters.get("withheld_blocks", 0)
+    if not blocks:
+        return []
+    rates = ", ".join(
+        f"{tier.name} {render.size(tier.fetch_bytes_per_s)}/s"
+        + (f" after {tier.fetch_fixed_us / 1000:.1f} ms" if tier.fetch_fixed_us else "")
+        for tier in stats.tiers
+        if tier.fetch_bytes_per_s
+    )
+    acquires = stats.counters.get("gated_acquires", 0)
+    return [
+        f"withheld {blocks:,} blocks of {acquires:,} acquires, quicker to recompute" + (f"  ({rates})" if rates else "")
+    ]
 
 
 def _wear(stats: pb.GetStatsResponse) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvstore.core.block import COLD, HOT, WARM, Block, Namespace
+from kvstore.core.gate import BenefitGate
 from kvstore.core.index import Index, split_keys
 from kvstore.core.moves import Moves
 from kvstore.core.puts import Puts
@@ -69,6 +70,7 @@ class BlockCache:
         settings = ReadSettings(config.promote_hits, int(limits.warm_bytes * config.prefetch_share))
         self.reads = Reads(self.index, self.residency, config.lease_ttl_s, settings)
         self.moves = Moves(self.residency, self.reads)
+        self.gate = BenefitGate(self.index, self.residency, self.reads)
 
     # -- namespaces -------------------------------------------------------------------------------------------
 

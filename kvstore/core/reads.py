@@ -26,6 +26,7 @@ class MatchResult(NamedTuple):
     hot: int
     warm: int
     cold: int
+    withheld: int = 0  # further blocks that are stored
 
 
 class AcquireGroup(NamedTuple):
@@ -67,6 +68,8 @@ class Reads:
         self._prefetch_bytes = settings.prefetch_bytes
         self.leases = LeaseTable(ttl_s, self._unpin)
         self.loads: deque[Block] = deque()
+        self.waiting: dict[Block, int] = {}  # whose slot is to be filled, and from which tier
+        self.queued_bytes = {0: 0, HOT: 0, COLD: 0}  # of those, by tier
         self.promotions: dict[Block, None] = {}
         self.short: dict[Namespace, int] = {}  # slots that acquires did not get, since the engine last asked
         self.lookups = 0
@@ -117,6 +120,14 @@ class Reads:
             if block is None or not self._residency.available(block):
                 return i
         return found
+
+    def servable_prefix(self, group: AcquireGroup) -> int:
+        """As stored_prefix, up to the first block that is left in a form that the group does not want."""
+        found = self.stored_prefix(group.namespace, group.keys)
+        if not (group.exact and group.namespace.cold_codec):
+            return found
+        held = map(group.namespace.blocks.get, split_keys(group.keys[: found * KEY_BYTES]))
+        return next((i for i, block in enumerate(held) if block is None or block.degraded), found)
 
     def exists(self, namespace: Namespace, keys: bytes) -> bytes:
         """One byte per key, 1 where it is stored and its tier is up."""
@@ -185,6 +196,7 @@ class Reads:
             block.slot = slot
             self._residency.foresee(block)
             self.loads.append(block)
+            self._await(block)
         self._residency.touch(part.blocks[-1], reused=False)
         for slot in held:
             self._residency.slots.unpin(slot)
@@ -222,6 +234,7 @@ class Reads:
         assert slot is not None
         if block.copies & tier:
             self._residency.counts[tier].hits += 1
+            self._settled(block)
             self._residency.gain_warm(block, slot)
             if not block.spare & WARM:
                 self._residency.settle_warm(block)
@@ -230,10 +243,12 @@ class Reads:
 
     def load_failed(self, block: Block, lost_tier: int) -> None:
         """The slot was not filled. `lost_tier`: the tier whose copy proved bad or missing, or 0 (try again later)."""
+        self._settled(block)
         if lost_tier and block.copies & lost_tier:
             self._residency.drop_below(block, lost_tier, delete=False)
         if self.source(block) and lost_tier:
             self.loads.appendleft(block)  # another copy may be good
+            self._await(block)
             return
         slot, block.slot = block.slot, None
         assert slot is not None
@@ -250,7 +265,7 @@ class Reads:
         limit = (1 << 62) if below is None else below
         for group in groups:
             namespace, keys, last, _ = group
-            blocks = len(keys) // KEY_BYTES if last else self._exact_prefix(group)
+            blocks = len(keys) // KEY_BYTES if last else self.servable_prefix(group)
             limit = min(limit, blocks * namespace.block_tokens)
         tokens = limit - limit % unit
         lasts = [group for group in groups if group.last]
@@ -262,14 +277,6 @@ class Reads:
         at = tokens // group.namespace.block_tokens - 1
         block = self._index.find(group.namespace, group.keys[at * KEY_BYTES : (at + 1) * KEY_BYTES])
         return block is not None and self._residency.available(block) and not (group.exact and block.degraded)
-
-    def _exact_prefix(self, group: AcquireGroup) -> int:
-        """As stored_prefix, up to the first block that is left in a form that the group does not want."""
-        found = self.stored_prefix(group.namespace, group.keys)
-        if not (group.exact and group.namespace.cold_codec):
-            return found
-        held = map(group.namespace.blocks.get, split_keys(group.keys[: found * KEY_BYTES]))
-        return next((i for i, block in enumerate(held) if block is None or block.degraded), found)
 
     def _part(self, group: AcquireGroup, tokens: int) -> LeasePart:
         namespace, stop = group.namespace, tokens // group.namespace.block_tokens
@@ -345,6 +352,7 @@ class Reads:
             block.slot = slot
             self._count_load(block)
             self.loads.append(block)
+            self._await(block)
         for i in missing:
             found = slots[i] = part.blocks[i].slot
             if found is None:
@@ -355,6 +363,13 @@ class Reads:
                 self._note_short(part.namespace, sum(block.slot is None for block in wanted))
                 break
             found.pins += 1
+
+    def _await(self, block: Block) -> None:
+        tier = self.waiting[block] = self.source(block)
+        self.queued_bytes[tier] += block.namespace.block_nbytes
+
+    def _settled(self, block: Block) -> None:
+        self.queued_bytes[self.waiting.pop(block)] -= block.namespace.block_nbytes
 
     def _note_short(self, namespace: Namespace, slots: int) -> None:
         """Room of other classes would help, unless it is the tenant's own limit that stands in the way."""

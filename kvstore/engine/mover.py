@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -45,8 +46,11 @@ class _Loading(NamedTuple):
 class Mover:
     """Loads on threads of its own, and the saver."""
 
-    def __init__(self, lock: threading.Lock, cache: BlockCache, pool: WarmPool) -> None:
+    def __init__(
+        self, lock: threading.Lock, cache: BlockCache, pool: WarmPool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._lock = lock
+        self._clock = clock
         self._cache = cache
         self.inflight = InFlight()
         self._spokes = Spokes(pool)
@@ -149,6 +153,8 @@ class Mover:
                 continue
             tier = source
             batch.append((block, slot))
+        if batch:
+            self._cache.gate.costs.began(tier, self._clock())
         return tier, batch
 
     def _load(self, tier: int, batch: list[tuple[Block, Slot]]) -> None:
@@ -161,16 +167,16 @@ class Mover:
             medium.read(loading.items, partial(self._settle, loading))
         except (KVStoreError, OSError, MemoryError) as error:  # no descriptors, no memory, an agent that refuses
             _log.warning("%d loads from %s failed: %s", len(batch), medium.name, error)
-        if not all(settled):  # what went with its agent says nothing of the medium
-            with self._lock:
-                for (block, slot), done in zip(batch, settled, strict=True):
-                    if not done:
-                        self._failed(block, slot, 0)
+        with self._lock:
+            self._cache.gate.costs.ended(tier)
+            for (block, slot), done in zip(batch, settled, strict=True):
+                if not done:  # what went with its agent says nothing of the medium
+                    self._failed(block, slot, 0)
         self._saver.kick()
 
     def _settle(self, loading: _Loading, first: int, outcomes: Sequence[Outcome]) -> None:
         """Blocks from `first` on have been answered. On the thread that hears the agent."""
-        tier = loading.tier
+        tier, came_bytes = loading.tier, 0
         with self._lock:
             for at, outcome in enumerate(outcomes, first):
                 loading.settled[at] = True
@@ -178,11 +184,14 @@ class Mover:
                 if outcome is Outcome.OK:
                     self._cache.reads.loaded(block, tier)
                     self.inflight.settle(slot)
+                    came_bytes += block.namespace.block_nbytes
                 elif outcome is Outcome.BUSY or loading.items[at].checksum != self._spokes.checksum(tier, block):
                     self._failed(block, slot, 0)  # not now; or the copy that is meant now is another one
                 else:
                     self._cache.residency.counts[tier].corrupt += outcome is Outcome.CORRUPT
                     self._failed(block, slot, tier)
+            if came_bytes:
+                self._cache.gate.costs.came(tier, came_bytes, self._clock())
             self.kick_loads()
 
     def _failed(self, block: Block, slot: Slot, lost_tier: int) -> None:

@@ -53,6 +53,10 @@ class Snapshots:
         message.counters["prefetched_bytes"] = residency.prefetched_bytes
         for name, number in asdict(residency.admission.counts).items():
             message.counters[f"cold_{name}"] = number
+        gate = cache.gate
+        message.counters["withheld_blocks"] = gate.withheld_blocks
+        message.counters["gated_acquires"] = gate.gated_acquires
+        message.counters["probes"] = gate.probes
         return message
 
     def add_media(
@@ -143,6 +147,12 @@ def _tier(cache: BlockCache, tier: int) -> admin_pb2.TierStats:
         message.stored_bytes, message.raw_bytes = budget.used_bytes, cache.residency.raw_cold_bytes
     else:
         message.stored_bytes = message.raw_bytes = budget.used_bytes
+    if tier == WARM:
+        message.fetch_bytes_per_s = round(cache.gate.copy_bytes_per_s)
+    else:
+        cost = cache.gate.costs.cost(tier)
+        message.fetch_bytes_per_s = round(1 / cost.s_per_byte) if cost.s_per_byte else 0
+        message.fetch_fixed_us = round(1e6 * cost.fixed_s)
     return message
 
 

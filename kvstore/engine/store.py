@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+from kvstore.core.benefit import WorkerCosts
 from kvstore.core.block import COLD, HOT, Namespace
 from kvstore.core.cache import BlockCache, CacheConfig
 from kvstore.core.index import KEY_BYTES, split_keys
@@ -95,7 +96,7 @@ class Store(Operations):
         )
         self._pool = WarmPool(config.warm_bytes, config.lock_pages)
         self._cache = BlockCache(CacheConfig(limits, config.lease_ttl_s, config.promote_hits), self._set_generation)
-        self._mover = Mover(self._lock, self._cache, self._pool)
+        self._mover = Mover(self._lock, self._cache, self._pool, clock)
         self._sessions = Sessions(config.staging_max_bytes, config.staging_total_bytes)
         self._slabs = SlabKeeper(self._lock, self._cache, self._pool, headroom, self._slab_retired)
         self._catalogue = Catalogue(config.state_dir)
@@ -270,16 +271,25 @@ class Store(Operations):
 
     # -- reads ------------------------------------------------------------------------------------------------
 
-    def match(self, session: Session, namespace: bytes, keys: bytes) -> MatchResult:
-        """Longest stored prefix. Waits for nobody: while others hold the lock it answers without noting the use."""
+    def match(self, session: Session, namespace: bytes, keys: bytes, worker: WorkerCosts | None = None) -> MatchResult:
+        """Longest stored prefix; with `worker`, of it what is worth its fetch.
+
+        Waits for nobody: while others hold the lock it answers without noting the use.
+        """
         found = self._namespace(session, namespace)
         reads = self._cache.reads
         if not self._lock.acquire(blocking=False):
-            return reads.peek(found, keys)
-        try:
-            return reads.match(found, keys)
-        finally:
-            self._lock.release()
+            result = reads.peek(found, keys)
+        else:
+            try:
+                result = reads.match(found, keys)
+            finally:
+                self._lock.release()
+        if worker is not None and result.blocks:
+            blocks, withheld = self._cache.gate.judge(AcquireGroup(found, keys), worker, self._clock())
+            if withheld:
+                return reads.peek(found, keys[: blocks * KEY_BYTES])._replace(withheld=withheld)
+        return result
 
     def exists(self, session: Session, namespace: bytes, keys: bytes) -> bytes:
         """One byte per key."""
@@ -288,19 +298,35 @@ class Store(Operations):
             return self._cache.reads.exists(found, keys)
 
     def acquire(
-        self, session: Session, groups: Sequence[tuple[bytes, bytes, int]], exact: bool = False
+        self,
+        session: Session,
+        groups: Sequence[tuple[bytes, bytes, int]],
+        exact: bool = False,
+        worker: WorkerCosts | None = None,
     ) -> kvstore_pb2.LeaseReply:
-        """Pin what is stored, start to load its cold part, and say where everything lies."""
+        """Pin what is stored, start to load its cold part, and say where everything lies.
+
+        With `worker`, what is not worth its fetch is withheld; of a single prefix only, because what the positions of
+        several groups save is not known.
+        """
         if not groups:
             raise InvalidRequest("acquire needs at least one group of keys")
         asked = [self._group(session, *group)._replace(exact=exact) for group in groups]
         reads = self._cache.reads
-        below = reads.foresee(asked)
+        below, verdict, gate = reads.foresee(asked), None, self._cache.gate
+        if worker is not None and len(asked) == 1 and not asked[0].last:
+            verdict = gate.judge(asked[0], worker, self._clock())
+            below = verdict.blocks * asked[0].namespace.block_tokens if verdict.withheld else None
         with self._lock:
             lease = reads.acquire(session.id, session.tenant, asked, self._clock(), below)
+            if verdict is not None and worker is not None:
+                gate.note(asked[0], verdict, worker, self._clock())
             self._mover.kick_loads()
             self._note_shortage()
         reply = lease_reply(lease) if lease is not None else kvstore_pb2.LeaseReply()
+        if verdict is not None and verdict.withheld:
+            reply.withheld = verdict.withheld
+            reply.withheld_reason = kvstore_pb2.WITHHELD_REASON_NOT_WORTH
         self._mover.kick_saves()
         return reply
 

@@ -24,6 +24,8 @@ _TIER_GAUGES = (
     ("stored_bytes", "tier_stored_bytes", "Bytes on the medium, after compression"),
     ("raw_bytes", "tier_raw_bytes", "The same blocks' bytes before compression"),
     ("populated_bytes", "tier_populated_bytes", "Slab bytes made and touched"),
+    ("fetch_bytes_per_s", "tier_fetch_bytes_per_second", "Learned rate of loads; of warm: a worker's own copies"),
+    ("fetch_fixed_us", "tier_fetch_fixed_microseconds", "Learned time before the first byte of a load"),
 )
 _TIER_COUNTERS = (
     ("hits", "tier_hits", "Blocks served from the tier"),

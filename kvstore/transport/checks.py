@@ -5,8 +5,10 @@ Sizes are uint64 on the wire (a varint above uint32 would be truncated silently)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from kvstore.core.benefit import WorkerCosts
 from kvstore.protocol.errors import InvalidRequest
 from kvstore.protocol.frames import MAX_FDS_PER_MESSAGE
 from kvstore.protocol.keys import KEY_BYTES
@@ -65,6 +67,21 @@ def check_groups(request: kvstore_pb2.AcquireRequest) -> list[tuple[bytes, bytes
         if mode not in _MODES:
             raise InvalidRequest(f"mode is {mode}; it must be 1 (prefix) or 2 (last)")
     return groups
+
+
+def check_worker(request: kvstore_pb2.MatchRequest | kvstore_pb2.AcquireRequest) -> WorkerCosts | None:
+    """What the worker said of itself; None where it did not say what recomputing takes."""
+    if not request.HasField("worker"):
+        return None
+    costs = request.worker
+    for name in ("recompute_ns_per_token", "recompute_ns_per_token2", "copy_bytes_per_s"):
+        value = getattr(costs, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise InvalidRequest(f"{name} is {value}; it must be a finite number, 0 or more")
+    if not (costs.recompute_ns_per_token or costs.recompute_ns_per_token2):
+        return None
+    copy_s_per_byte = 1 / costs.copy_bytes_per_s if costs.copy_bytes_per_s >= 1 else 0.0
+    return WorkerCosts(costs.recompute_ns_per_token / 1e9, costs.recompute_ns_per_token2 / 1e9, copy_s_per_byte)
 
 
 def check_put(request: kvstore_pb2.PutRequest) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from kvstore.core.benefit import WorkerCosts
 from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.v1 import admin_pb2, kvstore_pb2
 
@@ -119,6 +120,10 @@ class MatchView(Protocol):
     def cold(self) -> int:
         """Blocks whose fastest tier is cold."""
 
+    @property
+    def withheld(self) -> int:
+        """Further blocks that are stored, and not worth their fetch."""
+
 
 class DataEngine(Protocol):
     """What a worker's calls need."""
@@ -144,16 +149,25 @@ class DataEngine(Protocol):
     def map_slabs(self, session: SessionHandle, ids: Sequence[int]) -> Sequence[tuple[SlabView, int]]:
         """Those of the slabs that still live, each with a descriptor that is the caller's to close."""
 
-    def match(self, session: SessionHandle, namespace: bytes, keys: bytes) -> MatchView:
-        """Longest stored prefix of `keys` (n * 32 bytes)."""
+    def match(
+        self, session: SessionHandle, namespace: bytes, keys: bytes, worker: WorkerCosts | None = None
+    ) -> MatchView:
+        """Longest stored prefix of `keys` (n * 32 bytes), with `worker` the part that is worth its fetch."""
 
     def exists(self, session: SessionHandle, namespace: bytes, keys: bytes) -> bytes:
         """One byte a key, 0 or 1."""
 
     def acquire(
-        self, session: SessionHandle, groups: Sequence[tuple[bytes, bytes, int]], exact: bool = False
+        self,
+        session: SessionHandle,
+        groups: Sequence[tuple[bytes, bytes, int]],
+        exact: bool = False,
+        worker: WorkerCosts | None = None,
     ) -> kvstore_pb2.LeaseReply:
-        """Lease what is stored of the groups (namespace, keys, mode); never waits for loading."""
+        """Lease what is stored of the groups (namespace, keys, mode); never waits for loading.
+
+        Of a single prefix, with `worker`, only what is worth its fetch.
+        """
 
     def wait(self, session: SessionHandle, lease_id: int, stop: int, timeout_s: float) -> tuple[int, int]:
         """(ready, lost) once blocks [0, stop) are readable or lost, or at the time-out; 0 does not block."""

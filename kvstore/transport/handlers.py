@@ -105,13 +105,15 @@ class Handlers:
         """Longest stored prefix."""
         namespace, keys = request.namespace, request.keys
         checks.check_keys(namespace, keys)
-        found = self._engine.match(session, namespace, keys)
+        found = self._engine.match(session, namespace, keys, checks.check_worker(request))
         return pb.MatchResponse(
             blocks=found.blocks,
             tokens=found.tokens,
             hot_blocks=found.hot,
             warm_blocks=found.warm,
             cold_blocks=found.cold,
+            withheld=found.withheld,
+            withheld_reason=pb.WITHHELD_REASON_NOT_WORTH if found.withheld else pb.WITHHELD_REASON_UNSPECIFIED,
         )
 
     def exists(self, request: pb.ExistsRequest, session: SessionView, deadline_s: float) -> pb.ExistsResponse:
@@ -122,7 +124,8 @@ class Handlers:
 
     def acquire(self, request: pb.AcquireRequest, session: SessionView, deadline_s: float) -> pb.LeaseReply:
         """Lease what is stored."""
-        return self._engine.acquire(session, checks.check_groups(request), request.exact)
+        groups = checks.check_groups(request)
+        return self._engine.acquire(session, groups, request.exact, checks.check_worker(request))
 
     def poll_wait(self, request: pb.WaitRequest, session: SessionView) -> pb.WaitResponse:
         """How far a lease is readable now."""

@@ -50,6 +50,8 @@ class TierStats(google.protobuf.message.Message):
     WRITE_FAILURES_FIELD_NUMBER: builtins.int
     PROMOTIONS_FIELD_NUMBER: builtins.int
     MEDIUM_FIELD_NUMBER: builtins.int
+    FETCH_BYTES_PER_S_FIELD_NUMBER: builtins.int
+    FETCH_FIXED_US_FIELD_NUMBER: builtins.int
     name: builtins.str
     """hot, warm, cold"""
     capacity_bytes: builtins.int
@@ -76,6 +78,10 @@ class TierStats(google.protobuf.message.Message):
     write_failures: builtins.int
     promotions: builtins.int
     """blocks that earned a place here by hits in a slower tier"""
+    fetch_bytes_per_s: builtins.int
+    """learned: what a fetch costs; warm: what a worker said last of its own copies"""
+    fetch_fixed_us: builtins.int
+    """and before its first byte. 0 and 0: not known yet"""
     @property
     def medium(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
         """what the medium counts itself, some seconds old"""
@@ -100,8 +106,10 @@ class TierStats(google.protobuf.message.Message):
         write_failures: builtins.int = ...,
         promotions: builtins.int = ...,
         medium: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        fetch_bytes_per_s: builtins.int = ...,
+        fetch_fixed_us: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "capacity_bytes", b"capacity_bytes", "corrupt", b"corrupt", "device", b"device", "evictions", b"evictions", "hits", b"hits", "medium", b"medium", "name", b"name", "populated_bytes", b"populated_bytes", "promotions", b"promotions", "raw_bytes", b"raw_bytes", "restarts", b"restarts", "state", b"state", "stored_bytes", b"stored_bytes", "used_bytes", b"used_bytes", "write_failures", b"write_failures", "writes", b"writes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "capacity_bytes", b"capacity_bytes", "corrupt", b"corrupt", "device", b"device", "evictions", b"evictions", "fetch_bytes_per_s", b"fetch_bytes_per_s", "fetch_fixed_us", b"fetch_fixed_us", "hits", b"hits", "medium", b"medium", "name", b"name", "populated_bytes", b"populated_bytes", "promotions", b"promotions", "raw_bytes", b"raw_bytes", "restarts", b"restarts", "state", b"state", "stored_bytes", b"stored_bytes", "used_bytes", b"used_bytes", "write_failures", b"write_failures", "writes", b"writes"]) -> None: ...
 
 global___TierStats = TierStats
 

@@ -24,6 +24,24 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _WithheldReason:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _WithheldReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_WithheldReason.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    WITHHELD_REASON_UNSPECIFIED: _WithheldReason.ValueType  # 0
+    WITHHELD_REASON_NOT_WORTH: _WithheldReason.ValueType  # 1
+    """to fetch them would take longer than to recompute them"""
+
+class WithheldReason(_WithheldReason, metaclass=_WithheldReasonEnumTypeWrapper):
+    """Why blocks that are stored are not promised."""
+
+WITHHELD_REASON_UNSPECIFIED: WithheldReason.ValueType  # 0
+WITHHELD_REASON_NOT_WORTH: WithheldReason.ValueType  # 1
+"""to fetch them would take longer than to recompute them"""
+global___WithheldReason = WithheldReason
+
 class _AcquireMode:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -250,21 +268,52 @@ class MapSlabsResponse(google.protobuf.message.Message):
 global___MapSlabsResponse = MapSlabsResponse
 
 @typing.final
+class WorkerCosts(google.protobuf.message.Message):
+    """What the worker would do without the blocks. Where it is given, only what is worth fetching is promised."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RECOMPUTE_NS_PER_TOKEN_FIELD_NUMBER: builtins.int
+    RECOMPUTE_NS_PER_TOKEN2_FIELD_NUMBER: builtins.int
+    COPY_BYTES_PER_S_FIELD_NUMBER: builtins.int
+    recompute_ns_per_token: builtins.float
+    """token t, counted from the root, costs this ..."""
+    recompute_ns_per_token2: builtins.float
+    """... and t times this: attention makes late tokens dearer. Both 0: not known"""
+    copy_bytes_per_s: builtins.float
+    """at which the worker copies out of the warm tier; 0: not known"""
+    def __init__(
+        self,
+        *,
+        recompute_ns_per_token: builtins.float = ...,
+        recompute_ns_per_token2: builtins.float = ...,
+        copy_bytes_per_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["copy_bytes_per_s", b"copy_bytes_per_s", "recompute_ns_per_token", b"recompute_ns_per_token", "recompute_ns_per_token2", b"recompute_ns_per_token2"]) -> None: ...
+
+global___WorkerCosts = WorkerCosts
+
+@typing.final
 class MatchRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     NAMESPACE_FIELD_NUMBER: builtins.int
     KEYS_FIELD_NUMBER: builtins.int
+    WORKER_FIELD_NUMBER: builtins.int
     namespace: builtins.bytes
     keys: builtins.bytes
     """n * 32 bytes, in prefix order"""
+    @property
+    def worker(self) -> global___WorkerCosts: ...
     def __init__(
         self,
         *,
         namespace: builtins.bytes = ...,
         keys: builtins.bytes = ...,
+        worker: global___WorkerCosts | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["keys", b"keys", "namespace", b"namespace"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["worker", b"worker"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["keys", b"keys", "namespace", b"namespace", "worker", b"worker"]) -> None: ...
 
 global___MatchRequest = MatchRequest
 
@@ -277,12 +326,17 @@ class MatchResponse(google.protobuf.message.Message):
     HOT_BLOCKS_FIELD_NUMBER: builtins.int
     WARM_BLOCKS_FIELD_NUMBER: builtins.int
     COLD_BLOCKS_FIELD_NUMBER: builtins.int
+    WITHHELD_FIELD_NUMBER: builtins.int
+    WITHHELD_REASON_FIELD_NUMBER: builtins.int
     blocks: builtins.int
     tokens: builtins.int
     hot_blocks: builtins.int
     """fastest tier of each block"""
     warm_blocks: builtins.int
     cold_blocks: builtins.int
+    withheld: builtins.int
+    """further blocks that are stored and not counted above"""
+    withheld_reason: global___WithheldReason.ValueType
     def __init__(
         self,
         *,
@@ -291,8 +345,10 @@ class MatchResponse(google.protobuf.message.Message):
         hot_blocks: builtins.int = ...,
         warm_blocks: builtins.int = ...,
         cold_blocks: builtins.int = ...,
+        withheld: builtins.int = ...,
+        withheld_reason: global___WithheldReason.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "cold_blocks", b"cold_blocks", "hot_blocks", b"hot_blocks", "tokens", b"tokens", "warm_blocks", b"warm_blocks"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "cold_blocks", b"cold_blocks", "hot_blocks", b"hot_blocks", "tokens", b"tokens", "warm_blocks", b"warm_blocks", "withheld", b"withheld", "withheld_reason", b"withheld_reason"]) -> None: ...
 
 global___MatchResponse = MatchResponse
 
@@ -357,17 +413,24 @@ class AcquireRequest(google.protobuf.message.Message):
 
     GROUPS_FIELD_NUMBER: builtins.int
     EXACT_FIELD_NUMBER: builtins.int
+    WORKER_FIELD_NUMBER: builtins.int
     exact: builtins.bool
     """blocks that are only left as a lossy copy count as absent"""
     @property
     def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___AcquireGroup]: ...
+    @property
+    def worker(self) -> global___WorkerCosts:
+        """counts for a single group of mode prefix only"""
+
     def __init__(
         self,
         *,
         groups: collections.abc.Iterable[global___AcquireGroup] | None = ...,
         exact: builtins.bool = ...,
+        worker: global___WorkerCosts | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["exact", b"exact", "groups", b"groups"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["worker", b"worker"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["exact", b"exact", "groups", b"groups", "worker", b"worker"]) -> None: ...
 
 global___AcquireRequest = AcquireRequest
 
@@ -425,11 +488,16 @@ class LeaseReply(google.protobuf.message.Message):
     GROUPS_FIELD_NUMBER: builtins.int
     TOKENS_FIELD_NUMBER: builtins.int
     READY_FIELD_NUMBER: builtins.int
+    WITHHELD_FIELD_NUMBER: builtins.int
+    WITHHELD_REASON_FIELD_NUMBER: builtins.int
     lease_id: builtins.int
     """0: nothing stored, no lease"""
     tokens: builtins.int
     ready: builtins.int
     """leading blocks of the first group readable at the time of the reply"""
+    withheld: builtins.int
+    """further blocks that are stored and not promised, also where there is no lease"""
+    withheld_reason: global___WithheldReason.ValueType
     @property
     def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LeaseGroup]: ...
     def __init__(
@@ -439,8 +507,10 @@ class LeaseReply(google.protobuf.message.Message):
         groups: collections.abc.Iterable[global___LeaseGroup] | None = ...,
         tokens: builtins.int = ...,
         ready: builtins.int = ...,
+        withheld: builtins.int = ...,
+        withheld_reason: global___WithheldReason.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["groups", b"groups", "lease_id", b"lease_id", "ready", b"ready", "tokens", b"tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["groups", b"groups", "lease_id", b"lease_id", "ready", b"ready", "tokens", b"tokens", "withheld", b"withheld", "withheld_reason", b"withheld_reason"]) -> None: ...
 
 global___LeaseReply = LeaseReply
 

@@ -73,6 +73,12 @@ def check_slots(world: World) -> None:
     filled += [block.slot for block in world.cache.reads.loads if block.slot is not None]
     filled += [load.slot for load in world.loads]
     assert Counter(filled) == Counter(slot for slot in slots if slot.state is FILLING), "one filler for each slot"
+    reads = world.cache.reads
+    assert set(reads.waiting) == {*reads.loads, *(load.block for load in world.loads)}
+    queued: Counter[int] = Counter()
+    for block, tier in reads.waiting.items():
+        queued[tier] += block.namespace.block_nbytes
+    assert all(queued[tier] == nbytes for tier, nbytes in reads.queued_bytes.items())
 
 
 def check_pins(world: World) -> None:

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from core_checks import check, check_nothing_left, live_blocks
 from core_world import PAGE, TTL_S, Answer, Load, Promise, World, key, packed, promises
+from kvstore.core.benefit import WINDOW, WorkerCosts
 from kvstore.core.block import COLD, HOT, WARM, Block, Namespace
 from kvstore.core.leases import Lease
 from kvstore.core.puts import PutPlan
@@ -186,6 +187,30 @@ class CacheMachine(RuleBasedStateMachine):
         assert got >= min(expected, at_hand.index(False) if False in at_hand else len(path)), "what is there is given"
         assert lease is None or lease.tokens == got * space.block_tokens
         self.see(f"acquire {'all' if got == expected else 'cut'}")
+
+    @rule(tier=tiers_below, load_s=st.sampled_from([1e-3, 1.0]))
+    def learn(self, tier: int, load_s: float) -> None:
+        """Loads of one block took so long; long enough ago for a probe."""
+        costs, then_s = self.world.cache.gate.costs, self.world.now_s - 100.0
+        for _ in range(WINDOW):
+            costs.began(tier, then_s)
+            costs.came(tier, PAGE, then_s + load_s)
+            costs.ended(tier)
+
+    @rule(name=spaces, path=paths, session=sessions, recompute_s=st.sampled_from([1e-4, 1e-1]))
+    def acquire_gated(self, name: str, path: str, session: int, recompute_s: float) -> None:
+        space, cache = self.spaces[name], self.world.cache
+        group, worker = AcquireGroup(space, packed(keys_of(path))), WorkerCosts(recompute_s)
+        expected = self.expected_prefix(space, path)
+        verdict = cache.gate.judge(group, worker, self.world.now_s)
+        assert verdict.blocks + verdict.withheld == expected
+        below = verdict.blocks * space.block_tokens
+        lease = cache.reads.acquire(session, space.tenant, [group], self.world.now_s, below)
+        cache.gate.note(group, verdict, worker, self.world.now_s)
+        self.remember(lease)
+        assert (0 if lease is None else len(lease.parts[0].slots)) <= verdict.blocks
+        self.see(f"gated {'all' if not verdict.withheld else 'none' if not verdict.blocks else 'cut'}")
+        self.see(f"probes {bool(cache.gate.probes)}")
 
     @rule(left=chains, right=spaces, path=paths, other=paths, last=st.booleans(), session=sessions)
     def acquire_two(self, left: str, right: str, path: str, other: str, last: bool, session: int) -> None:

@@ -158,7 +158,8 @@ class EngineRig:
         self.cache = BlockCache(CacheConfig(limits), self._set_generation)
         self.cache.allocator.target_bytes = warm_bytes  # one slab takes the whole pool
         self.cache.residency.grow = self._grow
-        self.mover = Mover(self.lock, self.cache, self.pool)
+        self.now_s = 0.0
+        self.mover = Mover(self.lock, self.cache, self.pool, lambda: self.now_s)
         self.cold = PlayedMedium("cold", self.pool)
         self.hot = PlayedMedium("hot", self.pool)
         self.mover.attach(COLD, self.cold)

@@ -18,6 +18,7 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
+from kvstore.core.benefit import WorkerCosts
 from kvstore.protocol.errors import KVStoreError, LeaseExpired, NotFound, PermissionDenied, from_code
 from kvstore.protocol.frames import HEADER, PROTOCOL_VERSION, Frame, FrameSocket, Method
 from kvstore.protocol.namespace import NamespaceSpec
@@ -66,6 +67,8 @@ class FakeEngine:
         self.waiting = 0
         self.fail_with: Exception | None = None
         self.drained = False
+        self.withheld = 0
+        self.workers: list[WorkerCosts | None] = []  # what match and acquire were told
         self._lock = threading.Lock()
 
     @property
@@ -103,20 +106,26 @@ class FakeEngine:
     def map_slabs(self, session: FakeSession, ids: Sequence[int]) -> list[tuple[Slab, int]]:
         return [(Slab(0, 4096, 4096, 1, 0), os.dup(session.staging_fd)) for slab_id in ids if slab_id == 0]
 
-    def match(self, session: FakeSession, namespace: bytes, keys: bytes) -> Any:
+    def match(self, session: FakeSession, namespace: bytes, keys: bytes, worker: WorkerCosts | None = None) -> Any:
         if self.fail_with is not None:
             raise self.fail_with
         blocks = 0
         while keys[blocks * 32 : blocks * 32 + 32] in self.stored:
             blocks += 1
-        return SimpleNamespace(blocks=blocks, tokens=16 * blocks, hot=0, warm=blocks, cold=0)
+        self.workers.append(worker)
+        return SimpleNamespace(blocks=blocks, tokens=16 * blocks, hot=0, warm=blocks, cold=0, withheld=self.withheld)
 
     def exists(self, session: FakeSession, namespace: bytes, keys: bytes) -> bytes:
         return bytes(keys[i : i + 32] in self.stored for i in range(0, len(keys), 32))
 
     def acquire(
-        self, session: FakeSession, groups: Sequence[tuple[bytes, bytes, int]], exact: bool = False
+        self,
+        session: FakeSession,
+        groups: Sequence[tuple[bytes, bytes, int]],
+        exact: bool = False,
+        worker: WorkerCosts | None = None,
     ) -> pb.LeaseReply:
+        self.workers.append(worker)
         return pb.LeaseReply(lease_id=7, tokens=16, ready=self.ready)
 
     def wait(self, session: FakeSession, lease_id: int, stop: int, timeout_s: float) -> tuple[int, int]:

@@ -36,6 +36,7 @@ WEIGHTS = {
     "put_begin": 4, "put_step": 8, "put": 6, "cool": 6, "match": 4, "acquire": 10, "acquire_two": 6, "prefetch": 2,
     "release": 6, "hand_off": 2, "adopt": 2, "end_session": 1, "time_passes": 1, "delete": 2, "clear": 1, "reap": 4,
     "evict": 4, "load_begin": 8, "load_end": 8, "load_everything": 2, "save_begin": 8, "save_end": 12,
+    "learn": 4, "acquire_gated": 10,
     "save_everything": 1, "agent_restarts": 1, "damage": 1, "reclaim": 2, "memory": 1, "restart": 0.3,
 }  # fmt: skip
 VALUES: dict[str, Callable[[random.Random], object]] = {
@@ -52,6 +53,8 @@ VALUES: dict[str, Callable[[random.Random], object]] = {
     "upto": lambda r: r.choice([0, 1, 2, 3, 6]),
     "last": lambda r: r.random() < 0.5,
     "passed_s": lambda r: r.choice([1.0, TTL_S / 2, 2 * TTL_S]),
+    "load_s": lambda r: r.choice([1e-3, 1.0, 1.0]),
+    "recompute_s": lambda r: r.choice([1e-4, 1e-4, 1e-4, 1e-1]),
     "sure": lambda r: True,
     "tier": lambda r: r.choice([HOT, WARM, COLD, COLD]),
     "blocks": lambda r: r.randint(1, 3),
@@ -100,3 +103,4 @@ def test_long_walks(batch: int) -> None:
     for seed in range(first, first + 10):
         seen += walk(seed)
     assert seen["load GOOD READY"] and seen["save tier 4 done"] and seen["acquire all"] and seen["put NO_ROOM"]
+    assert seen["gated all"] and seen["gated none"] and seen["probes True"]

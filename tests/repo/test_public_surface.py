@@ -37,15 +37,17 @@ EXPORTED = [
     "TensorSpec",
     "Unauthenticated",
     "Unavailable",
+    "WithheldReason",
 ]
 
 PROMISED = {
     "Client": "acquire close namespace ping stats",
     "Namespace": "acquire adopt clear delete exists keys match prefetch put stage",
-    "Lease": "blocks check handoff read_into ready release_to tensors tokens view wait __enter__ __exit__",
+    "Lease": "blocks check handoff read_into ready release_to tensors tokens view wait withheld "
+    "withheld_reason __enter__ __exit__",
     "StagedBuffers": "put __enter__ __exit__ __getitem__ __len__",
     "Keys": "extend from_digests __bytes__ __getitem__ __len__",
-    "Match": "blocks by_tier tokens",
+    "Match": "blocks by_tier tokens withheld withheld_reason",
 }
 
 MAY_BLOCK = [

@@ -100,6 +100,10 @@ class FakeDaemon:
         """Finish all loading now."""
         self.store.load_all()
 
+    def withhold(self, worth: int | None) -> None:
+        """Promise at most so many blocks to a worker that says what recomputing takes; None: all that are stored."""
+        self.store.worth = worth
+
     def reject(self, reason: RejectReason | None) -> None:
         """Refuse every block that a put would store; None: store again."""
         self.store.reason = reason

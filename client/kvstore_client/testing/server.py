@@ -47,9 +47,7 @@ HANDLERS: dict[Method, Handler] = {
     Method.OPEN_NAMESPACE: Handler(
         pb.OpenNamespaceRequest, lambda daemon, _, request, __: daemon.store.open_namespace(request.spec)
     ),
-    Method.MATCH: Handler(
-        pb.MatchRequest, lambda daemon, _, request, __: daemon.store.match(request.namespace, request.keys)
-    ),
+    Method.MATCH: Handler(pb.MatchRequest, lambda daemon, _, request, __: daemon.store.match(request)),
     Method.EXISTS: Handler(
         pb.ExistsRequest, lambda daemon, _, request, __: daemon.store.exists(request.namespace, request.keys)
     ),

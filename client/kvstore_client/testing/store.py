@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -112,6 +113,8 @@ class FakeStore:
     Attributes:
         load_s: how long a cold block takes to load; None: until load_all().
         reason: why put refuses every block it would have stored; None: it does not.
+        worth: how many leading blocks are promised to a worker that says what recomputing takes; None: all.
+        workers: what match and acquire were told of the worker, where they were.
         puts: every PutRequest received.
     """
 
@@ -119,6 +122,8 @@ class FakeStore:
         self.tenant = tenant
         self.load_s: float | None = 0.0
         self.reason: RejectReason | None = None
+        self.worth: int | None = None
+        self.workers: list[pb.WorkerCosts] = []
         self.puts: list[pb.PutRequest] = []
         self.sessions: dict[int, FakeSession] = {}
         self.namespaces: dict[bytes, FakeNamespace] = {}
@@ -163,17 +168,19 @@ class FakeStore:
 
     # --- lookups
 
-    def match(self, digest: bytes, keys: bytes) -> pb.MatchResponse:
+    def match(self, request: pb.MatchRequest) -> pb.MatchResponse:
         """Match."""
         with self._changed:
-            namespace = self.namespace(digest)
-            blocks = _prefix(namespace, keys)
+            namespace = self.namespace(request.namespace)
+            stored = _prefix(namespace, request.keys)
+            blocks = stored[: self._worth(request, len(stored))]
             cold = sum(1 for block in blocks if block.aside is not None)
         return pb.MatchResponse(
             blocks=len(blocks),
             tokens=len(blocks) * namespace.spec.block_tokens,
             warm_blocks=len(blocks) - cold,
             cold_blocks=cold,
+            **_withheld(len(stored) - len(blocks)),
         )
 
     def exists(self, digest: bytes, keys: bytes) -> pb.ExistsResponse:
@@ -194,7 +201,12 @@ class FakeStore:
         """Acquire: the longest position that every group can serve."""
         with self._changed:
             asked = [(self.namespace(group.namespace), group) for group in request.groups]
-            tokens = min(len(_prefix(space, group.keys)) * space.spec.block_tokens for space, group in asked)
+            stored = min(len(_prefix(space, group.keys)) * space.spec.block_tokens for space, group in asked)
+            tokens, withheld = stored, 0
+            if len(asked) == 1 and asked[0][1].mode != pb.ACQUIRE_MODE_LAST:
+                block_tokens = asked[0][0].spec.block_tokens
+                tokens = self._worth(request, stored // block_tokens) * block_tokens
+                withheld = (stored - tokens) // block_tokens
             groups: list[FakeGroup] = []
             for space, group in asked:
                 stop = tokens // space.spec.block_tokens
@@ -202,9 +214,11 @@ class FakeStore:
                 blocks = self._reserve(_prefix(space, group.keys)[first:stop])
                 groups.append(FakeGroup(group.namespace, first, blocks))
             if not all(group.blocks for group in groups):
-                return pb.LeaseReply()
+                return pb.LeaseReply(**_withheld(withheld))
             tokens = min(group.stop * space.spec.block_tokens for group, (space, _) in zip(groups, asked, strict=True))
-            return self._grant(FakeLease(session.session_id, groups, tokens))
+            reply = self._grant(FakeLease(session.session_id, groups, tokens))
+            reply.MergeFrom(pb.LeaseReply(**_withheld(withheld)))
+            return reply
 
     def wait(self, session: FakeSession, request: pb.WaitRequest, deadline_s: float) -> pb.WaitResponse:
         """Wait: until the blocks are readable, one is lost, or time is up."""
@@ -367,6 +381,12 @@ class FakeStore:
             raise NotFound(f"namespace {digest.hex()[:16]} was not opened")
         return namespace
 
+    def _worth(self, request: pb.MatchRequest | pb.AcquireRequest, stored: int) -> int:
+        if not request.HasField("worker"):
+            return stored
+        self.workers.append(request.worker)
+        return stored if self.worth is None else min(stored, self.worth)
+
     def _new_id(self) -> int:
         self._last_id += 1
         return self._last_id
@@ -457,6 +477,10 @@ class FakeStore:
 def split(keys: bytes) -> list[bytes]:
     """Packed keys, one by one."""
     return [keys[first : first + KEY_BYTES] for first in range(0, len(keys), KEY_BYTES)]
+
+
+def _withheld(blocks: int) -> dict[str, Any]:
+    return {"withheld": blocks, "withheld_reason": pb.WITHHELD_REASON_NOT_WORTH} if blocks else {}
 
 
 def _prefix(namespace: FakeNamespace, keys: bytes) -> list[FakeBlock]:

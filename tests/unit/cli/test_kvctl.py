@@ -91,6 +91,20 @@ def test_status_of_a_well_daemon_has_nothing_to_report(kvctl: Run, daemon: Daemo
     assert "nothing to report" in kvctl("status").stdout
 
 
+def test_status_says_what_was_withheld_and_by_which_figures(kvctl: Run, kvctl_json: RunJson, daemon: Daemon) -> None:
+    assert "withheld" not in kvctl("status").stdout
+    daemon.admin.answers["GetStats"] = pb.GetStatsResponse(
+        health="serving",
+        tiers=[pb.TierStats(name="cold", state="ok", fetch_bytes_per_s=3 << 20, fetch_fixed_us=1500)],
+        counters={"withheld_blocks": 1234, "gated_acquires": 5, "probes": 2},
+    )
+    line = "withheld 1,234 blocks of 5 acquires, quicker to recompute  (cold 3MiB/s after 1.5 ms)"
+    assert line in kvctl("status").stdout
+    document = kvctl_json("stats")
+    assert document["counters"] == {"withheld_blocks": 1234, "gated_acquires": 5, "probes": 2}
+    assert document["tiers"]["cold"]["fetch_fixed_us"] == 1500
+
+
 def test_tiers_sessions_namespaces_are_tables(kvctl: Run) -> None:
     assert "50.0%" in kvctl("tiers").stdout
     assert "worker-0" in kvctl("sessions").stdout

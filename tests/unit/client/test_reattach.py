@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from derived import chain, contents, fetch, namespace
+from kvstore.v1 import kvstore_pb2 as pb
 from kvstore_client import (
     STORED,
     Client,
@@ -120,7 +121,7 @@ def test_a_call_is_not_repeated_for_ever(daemon: FakeDaemon, ns: Namespace) -> N
     def die(*_arguments: object) -> object:
         for served in daemon._served:
             served.close()
-        return original(ns.digest, bytes(keys))
+        return original(pb.MatchRequest(namespace=ns.digest, keys=bytes(keys)))
 
     daemon.store.match = die  # type: ignore[method-assign,assignment]
     with pytest.raises(Unavailable):

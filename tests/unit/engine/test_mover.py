@@ -8,10 +8,11 @@ from collections.abc import Callable
 import pytest
 
 from core_world import chain
+from kvstore.core.benefit import ENOUGH, UNKNOWN, Cost
 from kvstore.core.block import COLD, HOT, WARM, Block
 from kvstore.protocol.errors import InvalidRequest
 from kvstore.tiers.base import Outcome, TierItem
-from played_media import PATIENCE_S, EngineRig, refs_of
+from played_media import NBYTES, PATIENCE_S, EngineRig, refs_of
 from polling import eventually
 
 MakeRig = Callable[..., EngineRig]
@@ -199,3 +200,24 @@ def test_a_prefix_is_asked_for_in_its_order(rig: EngineRig, cold: list[Block]) -
     assert wait_for(rig) == BLOCKS
     assert [ref for batch in rig.cold.of("read") for ref in batch] == refs_of(cold)
     assert [block.key for block in cold] == chain(BLOCKS)
+
+
+def test_the_gate_learns_what_loads_cost(rig: EngineRig, cold: list[Block]) -> None:
+    """From the call to each block that came, in the time of the engine's clock; what is lost teaches nothing."""
+
+    def take(item: TierItem) -> None:
+        rig.now_s += 0.25
+
+    rig.cold.before_read = take
+    for _ in range(ENOUGH):
+        assert rig.cache.gate.costs.cost(COLD) == UNKNOWN
+        assert wait_for(rig) == BLOCKS
+        eventually(lambda: not rig.cache.gate.costs.stalled_s(COLD, rig.now_s + 1.0), "the batch to end")
+        rig.evict_warm()
+    assert rig.cache.gate.costs.cost(COLD) == Cost(0.0, pytest.approx(0.25 / NBYTES))
+    rig.cold.vanishes_at = lambda item: True
+    lease = rig.acquire("a", BLOCKS)
+    eventually(lambda: not rig.cache.slots.filling, "the loads to end")
+    rig.release(lease)
+    assert rig.cache.gate.costs.cost(COLD) == Cost(0.0, pytest.approx(0.25 / NBYTES))
+    assert not any(rig.cache.reads.queued_bytes.values())

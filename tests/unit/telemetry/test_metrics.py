@@ -19,14 +19,17 @@ class Source:
             sessions=2,
             put_stored=7,
             put_rejected={"no_room": 3},
-            counters={"slabs_made": 4},
+            counters={"slabs_made": 4, "withheld_blocks": 9},
             tiers=[
                 admin_pb2.TierStats(
                     name="warm", capacity_bytes=100, used_bytes=40, hits=5, state="ok", device="mlocked"
                 ),
-                admin_pb2.TierStats(name="cold", capacity_bytes=1000, stored_bytes=60, raw_bytes=90, state="down"),
+                admin_pb2.TierStats(
+                    name="cold", capacity_bytes=1000, stored_bytes=60, raw_bytes=90, state="down",
+                    fetch_bytes_per_s=7, fetch_fixed_us=8,
+                ),
             ],
-        )
+        )  # fmt: skip
 
     def stats(self) -> admin_pb2.GetStatsResponse:
         self.asked += 1
@@ -59,6 +62,9 @@ def test_values_have_their_tier_and_reason() -> None:
     assert found["kvstore_put_stored_blocks_total", ()] == 7
     assert found["kvstore_put_rejected_blocks_total", (("reason", "no_room"),)] == 3
     assert found["kvstore_events_total", (("event", "slabs_made"),)] == 4
+    assert found["kvstore_events_total", (("event", "withheld_blocks"),)] == 9
+    assert found["kvstore_tier_fetch_bytes_per_second", (("tier", "cold"),)] == 7
+    assert found["kvstore_tier_fetch_fixed_microseconds", (("tier", "cold"),)] == 8
     assert found["kvstore_tier_capacity_bytes", (("tier", "warm"),)] == 100
     assert found["kvstore_tier_hits_total", (("tier", "warm"),)] == 5
     assert found["kvstore_tier_stored_bytes", (("tier", "cold"),)] == 60

@@ -70,6 +70,30 @@ def test_every_method_answers(setup: Setup) -> None:
     assert pb.ClearResponse.FromString(peer.call(Method.CLEAR, pb.ClearRequest(namespace=NS))).epoch == 2
 
 
+def test_what_a_worker_says_of_itself_reaches_the_engine(setup: Setup) -> None:
+    peer = setup.attach()
+    setup.engine.withheld = 3
+    groups = [pb.AcquireGroup(namespace=NS, keys=key(0))]
+    worker = pb.WorkerCosts(recompute_ns_per_token=2e4, recompute_ns_per_token2=0.5, copy_bytes_per_s=1e9)
+    for said in (worker, None, pb.WorkerCosts(copy_bytes_per_s=1e9)):
+        reply = peer.call(Method.MATCH, pb.MatchRequest(namespace=NS, keys=key(0), worker=said))
+        peer.call(Method.ACQUIRE, pb.AcquireRequest(groups=groups, worker=said))
+    match = pb.MatchResponse.FromString(reply)
+    assert (match.withheld, match.withheld_reason) == (3, pb.WITHHELD_REASON_NOT_WORTH)
+    told = setup.engine.workers
+    assert told[0] == told[1] == pytest.approx((2e-5, 5e-10, 1e-9))
+    assert told[2:] == [None] * 4, "without what recomputing takes there is nothing to compare with"
+
+
+@pytest.mark.parametrize("field", ["recompute_ns_per_token", "recompute_ns_per_token2", "copy_bytes_per_s"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_workers_costs_are_finite_and_not_negative(setup: Setup, field: str, value: float) -> None:
+    peer = setup.attach()
+    request = pb.MatchRequest(namespace=NS, keys=key(0), worker=pb.WorkerCosts(**{field: value}))
+    with pytest.raises(InvalidRequest, match=f"{field} is {value}"):
+        peer.call(Method.MATCH, request)
+
+
 def test_the_tables_cover_the_service(setup: Setup) -> None:
     methods = Handlers(setup.engine).methods()
     declared = pb.DESCRIPTOR.services_by_name["KVStore"].methods
