@@ -161,6 +161,20 @@ def bench(options: Options, **given: Any) -> int:  # noqa: ANN401 (one type per 
     return measure.bench(options, measure.Run(**given))
 
 
+@verb(main, "record")
+@click.argument("file", metavar="FILE", type=click.Path(dir_okay=False))
+@click.option("--seconds", type=click.FloatRange(0.1), default=600.0, show_default=True, help="How long.")
+@click.option("--max-requests", type=click.IntRange(0), default=0, help="End after so many; 0: any number.")
+def record(options: Options, file: str, seconds: float, max_requests: int) -> int:
+    """Write what workers ask the daemon for into FILE (new), as a trace for kvctl replay.
+
+    Ctrl-C ends it early. The file holds salted digests of keys, no tokens.
+    """
+    from kvstore.cli import record as recording
+
+    return recording.record(options, file, seconds, max_requests)
+
+
 @verb(main, "replay")
 @click.argument("trace", metavar="TRACE")
 @click.option("--tiers", metavar="hot=…,warm=…,cold=…", help="Capacities in blocks, or sizes with --block-bytes.")
