@@ -174,7 +174,8 @@ def _details(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("blocks stored", f"{result['stored_blocks']:,}"),
         ("blocks refused", f"{result['refused_blocks']:,}"),
     ]
-    rows += [(f"promotions {name}", f"{blocks:,} blocks") for name, blocks in result["promotions"].items()]
+    if result["promotions"]:
+        rows.append(("promoted to a faster tier", f"{sum(result['promotions'].values()):,} blocks"))
     in_bytes = result.get("moved_bytes", {})
     for name, blocks in result["moved_blocks"].items():
         shown = f"{blocks:,} blocks"
