@@ -161,6 +161,20 @@ def bench(options: Options, **given: Any) -> int:  # noqa: ANN401 (one type per 
     return measure.bench(options, measure.Run(**given))
 
 
+@verb(main, "record")
+@click.argument("file", metavar="FILE", type=click.Path(dir_okay=False))
+@click.option("--seconds", type=click.FloatRange(0.1), default=600.0, show_default=True, help="How long.")
+@click.option("--max-requests", type=click.IntRange(0), default=0, help="End after so many; 0: any number.")
+def record(options: Options, file: str, seconds: float, max_requests: int) -> int:
+    """Write what workers ask the daemon for into FILE (new), as a trace for kvctl replay.
+
+    Ctrl-C ends it early. The file holds salted digests of keys, no tokens.
+    """
+    from kvstore.cli import record as recording
+
+    return recording.record(options, file, seconds, max_requests)
+
+
 @verb(main, "replay")
 @click.argument("trace", metavar="TRACE")
 @click.option("--tiers", metavar="hot=…,warm=…,cold=…", help="Capacities in blocks, or sizes with --block-bytes.")
@@ -180,6 +194,11 @@ def bench(options: Options, **given: Any) -> int:  # noqa: ANN401 (one type per 
 @click.option(
     "--capacities", metavar="LIST", default="0.5,1,2,5,10,20,50", show_default=True, help="Of a sweep, in % of blocks."
 )
+@click.option("--advise", is_flag=True, help="Which capacities pay: hits over size, and a split into warm and cold.")
+@click.option(
+    "--promote-hits", type=click.IntRange(1), default=2, show_default=True, help="Acquires until a block goes to hot."
+)
+@click.option("--compare-one", is_flag=True, help="Also try one warm tier of the same size as all --tiers.")
 @click.option("--plot", "picture", type=click.Path(dir_okay=False), help="Draw a sweep into a file (PNG, SVG, PDF).")
 def replay(options: Options, **given: Any) -> int:  # noqa: ANN401 (one type per option)
     """What tiers of a given size would have done with TRACE (JSONL); no daemon is needed.
@@ -188,7 +207,7 @@ def replay(options: Options, **given: Any) -> int:  # noqa: ANN401 (one type per
     """
     from kvstore.cli import replay as replaying
 
-    return replaying.replay(options, sweep=given.pop("sweep"), question=replaying.Question(**given))
+    return replaying.replay(options, replaying.Question(**given))
 
 
 if __name__ == "__main__":

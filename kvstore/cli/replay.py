@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.cli import render
+from kvstore.cli.advice import show_advice
 from kvstore.cli.options import Options
 from kvstore.protocol.errors import InvalidRequest
-from kvstore.replay import runs
+from kvstore.replay import advice, runs
 from kvstore.replay.plot import plot
+from kvstore.replay.simulator import PROMOTE_HITS
 from kvstore.replay.trace import Trace, load
 from kvstore.replay.workloads import WORKLOADS, workload
 from kvstore.sizes import format_size, parse_size
@@ -30,16 +32,21 @@ class Question:
     seed: int
     capacities: str
     picture: str | None
+    sweep: bool = False
+    advise: bool = False
+    promote_hits: int = PROMOTE_HITS
+    compare_one: bool = False
 
 
-def replay(options: Options, question: Question, *, sweep: bool) -> int:
+def replay(options: Options, question: Question) -> int:
     """Replay a trace at one size, or at many."""
+    _check(question)
+    ask, show = (_sweep, _show_sweep) if question.sweep else (_one, _show)
+    if question.advise:
+        ask, show = _advise, show_advice
     try:
-        trace = _trace(options, question)
-        result = _sweep(options, trace, question) if sweep else _one(options, trace, question)
+        result = ask(options, _trace(options, question), question)
         if question.picture is not None:
-            if not sweep:
-                raise InvalidRequest("--plot draws a sweep: add --sweep")
             plot(result, Path(question.picture))
     except (ValueError, OSError) as error:
         raise InvalidRequest(str(error)) from error
@@ -47,10 +54,8 @@ def replay(options: Options, question: Question, *, sweep: bool) -> int:
         raise InvalidRequest(f"--plot needs {error.name}: pip install 'kvtier[demo]'") from error
     if options.json:
         render.print_json(result)
-    elif sweep:
-        _show_sweep(result)
     else:
-        _show(result)
+        show(result)
     return 0
 
 
@@ -76,6 +81,18 @@ def tier_blocks(text: str, block_bytes: int) -> dict[str, int]:
     return found
 
 
+def _check(question: Question) -> None:
+    """Options that do not go together."""
+    if question.picture is not None and not question.sweep:
+        raise InvalidRequest("--plot draws a sweep: add --sweep")
+    if question.sweep and question.advise:
+        raise InvalidRequest("--sweep compares policies and --advise looks at one: give one of them")
+    if question.tiers is not None and (question.sweep or question.advise):
+        raise InvalidRequest("--sweep and --advise choose the sizes: leave --tiers away")
+    if question.compare_one and question.tiers is None:
+        raise InvalidRequest("--compare-one compares --tiers with one tier of their size: add --tiers")
+
+
 def _trace(options: Options, question: Question) -> Trace:
     path = Path(question.trace)
     if not path.exists() and question.trace in WORKLOADS:
@@ -86,14 +103,33 @@ def _trace(options: Options, question: Question) -> Trace:
 
 def _one(options: Options, trace: Trace, question: Question) -> dict[str, Any]:
     if question.tiers is None:
-        raise InvalidRequest("say how large the tiers are: --tiers warm=439; or try many sizes: --sweep")
+        raise InvalidRequest("say how large the tiers are: --tiers warm=439; or try many sizes: --advise, --sweep")
+    block_bytes, policy = _block_bytes(question), _policy(question)
+    tiers = tier_blocks(question.tiers, block_bytes)
+    steps = (2 - (policy == runs.OPT) + question.compare_one) * len(trace.requests)
+    with _progress(options, policy, steps) as advance:
+        other = runs.one_tier(trace, tiers, policy, advance) if question.compare_one else None
+        result = runs.replay(trace, tiers, policy, block_bytes, advance, question.promote_hits)
+    if other is not None:
+        points = 100 * (result["block_hit_ratio"] - other["block_hit_ratio"])
+        result |= {"one_tier": other, "points_to_one_tier": points}
+    return result
+
+
+def _advise(options: Options, trace: Trace, question: Question) -> dict[str, Any]:
+    policy = _policy(question)
+    with _progress(options, f"{policy}, many sizes", advice.steps(trace)) as advance:
+        return advice.advise(trace, policy, _block_bytes(question), advance)
+
+
+def _policy(question: Question) -> str:
     if len(question.policies) > 1:
         raise InvalidRequest("one --policy at a time, or --sweep")
-    block_bytes = parse_size(question.block_bytes) if question.block_bytes else 0
-    tiers = tier_blocks(question.tiers, block_bytes)
-    policy = question.policies[0] if question.policies else "adaptive"
-    with _progress(options, policy, (2 - (policy == runs.OPT)) * len(trace.requests)) as advance:
-        return runs.replay(trace, tiers, policy, block_bytes, advance)
+    return question.policies[0] if question.policies else "adaptive"
+
+
+def _block_bytes(question: Question) -> int:
+    return parse_size(question.block_bytes) if question.block_bytes else 0
 
 
 def _sweep(options: Options, trace: Trace, question: Question) -> dict[str, Any]:
@@ -138,14 +174,22 @@ def _details(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("blocks stored", f"{result['stored_blocks']:,}"),
         ("blocks refused", f"{result['refused_blocks']:,}"),
     ]
+    if result["promotions"]:
+        rows.append(("promoted to a faster tier", f"{sum(result['promotions'].values()):,} blocks"))
     in_bytes = result.get("moved_bytes", {})
     for name, blocks in result["moved_blocks"].items():
         shown = f"{blocks:,} blocks"
         rows.append((f"moved {name}", f"{shown}, {format_size(in_bytes[name])}" if name in in_bytes else shown))
-    written = f"{result['ssd_written_blocks']:,} blocks"
-    if "ssd_written_bytes" in result:
-        written += f", {format_size(result['ssd_written_bytes'])}"
-    return [*rows, ("written to SSD", written), ("speed", f"{result['references_per_s']:,.0f} blocks/s")]
+    for title, name in (("written to SSD", "ssd_written"), ("an exclusive tier would write", "ssd_written_exclusive")):
+        written = f"{result[f'{name}_blocks']:,} blocks"
+        if f"{name}_bytes" in result:
+            written += f", {format_size(result[f'{name}_bytes'])}"
+        rows.append((title, written))
+    if "one_tier" in result:
+        one = result["one_tier"]
+        shown = f"{_percent(one['block_hit_ratio'])}, the tiers {result['points_to_one_tier']:+.2f} points"
+        rows.append((f"one warm tier of {one['capacity_blocks']:,} blocks", shown))
+    return [*rows, ("speed", f"{result['references_per_s']:,.0f} blocks/s")]
 
 
 def _show_sweep(result: Mapping[str, Any]) -> None:

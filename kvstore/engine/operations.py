@@ -12,6 +12,7 @@ from kvstore.engine.catalogue import Catalogue
 from kvstore.engine.checking import Checker
 from kvstore.engine.media_stats import MediaStats
 from kvstore.engine.mover import DurableTier, Mover
+from kvstore.engine.recorder import Recorder
 from kvstore.engine.sessions import Session, Sessions
 from kvstore.engine.slab_keeper import SlabKeeper
 from kvstore.engine.snapshot import Snapshots
@@ -35,6 +36,7 @@ class Operations:
     _checker: Checker
     _snapshots: Snapshots
     _media_stats: MediaStats
+    _recorder: Recorder
 
     def stats(self) -> admin_pb2.GetStatsResponse:
         """Everything countable."""
@@ -107,6 +109,10 @@ class Operations:
             raise InvalidRequest("the cold tier is off")
         before_bytes, after_bytes = cast(DurableTier, cold).compact()
         return admin_pb2.CompactResponse(before_bytes=before_bytes, after_bytes=after_bytes)
+
+    def record(self, request: admin_pb2.RecordRequest) -> admin_pb2.RecordResponse:
+        """What workers of every tenant have asked for since the call before; the first call begins."""
+        return self._recorder.take(request)
 
 
 _TIERS = {1: HOT, 2: WARM, 3: COLD}

@@ -33,6 +33,7 @@ from kvstore.engine.media_stats import MediaStats
 from kvstore.engine.mover import AgentedTier, DurableTier, Mover
 from kvstore.engine.operations import Operations
 from kvstore.engine.putting import Source, copy_in, source_of
+from kvstore.engine.recorder import Recorder
 from kvstore.engine.recovery import recover, scan_records, shape_of
 from kvstore.engine.replies import lease_reply
 from kvstore.engine.sessions import Peer, Session, Sessions
@@ -103,6 +104,7 @@ class Store(Operations):
         self._checker = Checker(self._lock, self._cache, self._pool, self._mover)
         self.instance_id = secrets.token_hex(8)
         self._media_stats = MediaStats(self._mover.states)
+        self._recorder = Recorder(clock)
         self._snapshots = Snapshots(config.version, self.instance_id, clock())
         self.draining = False
         self._closing = threading.Event()
@@ -312,6 +314,8 @@ class Store(Operations):
         if not groups:
             raise InvalidRequest("acquire needs at least one group of keys")
         asked = [self._group(session, *group)._replace(exact=exact) for group in groups]
+        if self._recorder.armed:
+            self._recorder.note(asked)
         reads = self._cache.reads
         below, verdict, gate = reads.foresee(asked), None, self._cache.gate
         if worker is not None and len(asked) == 1 and not asked[0].last:
@@ -484,4 +488,5 @@ class Store(Operations):
             expired = self._cache.reads.leases.expire(self._clock())
         if expired:
             _log.info("%d leases expired", len(expired))
+        self._recorder.expire()
         self._mover.kick_saves()

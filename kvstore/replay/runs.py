@@ -13,7 +13,7 @@ from kvstore.core.leaf_lru import LeafLru
 from kvstore.core.policy import PolicyFactory
 from kvstore.replay.optimum import optimum
 from kvstore.replay.rivals import Arc, Lru2, S3Fifo
-from kvstore.replay.simulator import TIERS, Counts, Simulator
+from kvstore.replay.simulator import PROMOTE_HITS, TIERS, Counts, Simulator
 from kvstore.replay.trace import Trace
 
 OPT = "opt"
@@ -28,7 +28,12 @@ Progress = Callable[[int], None]
 
 
 def replay(
-    trace: Trace, tiers: Mapping[str, int], policy: str, block_bytes: int = 0, progress: Progress | None = None
+    trace: Trace,
+    tiers: Mapping[str, int],
+    policy: str,
+    block_bytes: int = 0,
+    progress: Progress | None = None,
+    promote_hits: int = PROMOTE_HITS,
 ) -> dict[str, Any]:
     """One replay, and the optimum of one cache with the room of all tiers together. Two steps of progress a request.
 
@@ -38,6 +43,7 @@ def replay(
         policy: one of NAMES.
         block_bytes: for the figures in bytes; 0: there are none.
         progress: told of every request, by the replay and by the optimum.
+        promote_hits: acquires of a block until it is copied to hot.
 
     Raises:
         ValueError: unknown policy, or tiers that cannot be.
@@ -49,8 +55,8 @@ def replay(
     result |= {"requests": len(trace.requests), "references": trace.references, "unique": trace.unique}
     if policy == OPT:
         return result | {"capacity_blocks": dict(tiers), "optimum": best}
-    simulator = Simulator(tiers, (POLICIES | RIVALS)[policy])
-    with _no_collection():
+    simulator = Simulator(tiers, (POLICIES | RIVALS)[policy], promote_hits)
+    with no_collection():
         start = time.perf_counter()
         counts = simulator.run(trace, progress)
         seconds = time.perf_counter() - start
@@ -59,6 +65,18 @@ def replay(
     result |= {"optimum": best, "share_of_optimum": hits / counts.references / best if best else None}
     result |= _figures(counts, tiers, block_bytes)
     return result | {"seconds": seconds, "references_per_s": counts.references / max(seconds, 1e-9)}
+
+
+def one_tier(trace: Trace, tiers: Mapping[str, int], policy: str, progress: Progress | None = None) -> dict[str, Any]:
+    """One warm tier with the room of all `tiers`, under the same policy. One step of progress a request.
+
+    Raises:
+        ValueError: the policy is the optimum, which knows one tier only.
+    """
+    if policy == OPT:
+        raise ValueError(f"{OPT} knows one tier only; compare another policy")
+    blocks = sum(tiers.values())
+    return {"capacity_blocks": blocks, "block_hit_ratio": _hit_ratio(trace, blocks, policy, progress)}
 
 
 def sweep(
@@ -99,7 +117,7 @@ def sweep_steps(trace: Trace, policies: Sequence[str], percents: Sequence[float]
 
 def _hit_ratio(trace: Trace, blocks: int, policy: str, progress: Progress | None) -> float:
     simulator = Simulator({"warm": blocks}, (POLICIES | RIVALS)[policy])
-    with _no_collection():
+    with no_collection():
         counts = simulator.run(trace, progress)
     return sum(counts.hits.values()) / counts.references
 
@@ -117,6 +135,8 @@ def _figures(counts: Counts, tiers: Mapping[str, int], block_bytes: int) -> dict
     """What one replay has counted."""
     moved = {f"{source} to {target}": blocks for (source, target), blocks in sorted(counts.moved.items())}
     ssd = counts.moved.get(("warm", "cold"), 0)
+    upwards = (("cold", "warm"), ("warm", "hot"))
+    promotions = {f"{a} to {b}": counts.moved.get((a, b), 0) for a, b in upwards if tiers.get(a) and tiers.get(b)}
     figures: dict[str, Any] = {
         "tiers": {
             tier: {"capacity_blocks": tiers[tier], "hit_ratio": counts.hits[tier] / counts.references}
@@ -129,16 +149,19 @@ def _figures(counts: Counts, tiers: Mapping[str, int], block_bytes: int) -> dict
         "stored_blocks": counts.stored,
         "refused_blocks": counts.refused,
         "moved_blocks": moved,
+        "promotions": promotions,
         "ssd_written_blocks": ssd,
+        "ssd_written_exclusive_blocks": counts.left_warm if tiers.get("cold") else 0,
     }
     if block_bytes:
         figures["moved_bytes"] = {name: blocks * block_bytes for name, blocks in moved.items()}
         figures["ssd_written_bytes"] = ssd * block_bytes
+        figures["ssd_written_exclusive_bytes"] = figures["ssd_written_exclusive_blocks"] * block_bytes
     return figures
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """No garbage collection: it looks through hundreds of thousands of living blocks for nothing.
 
     What a replay makes has no cycles but parent and child, and those go with it.

@@ -20,6 +20,7 @@ from kvstore.protocol.slab import PAGE_BYTES, SlabGeometry
 from kvstore.replay.trace import Request, Trace
 
 TIERS = {"hot": HOT, "warm": WARM, "cold": COLD}
+PROMOTE_HITS = 2  # the daemon's own
 
 _SESSION, _TENANT = 1, "replay"
 _CHECKSUM = bytes(16)
@@ -28,7 +29,11 @@ _SAVE_BLOCKS = 32
 
 @dataclass(slots=True)
 class Counts:
-    """What a replay has seen, in blocks but where the name says otherwise. `moved` is by (from, to)."""
+    """What a replay has seen, in blocks but where the name says otherwise. `moved` is by (from, to).
+
+    `left_warm` are blocks that warm dropped for room, each time: what an exclusive tier below, which takes all that
+    warm drops and gives up what goes up again, would have written.
+    """
 
     requests: int = 0
     references: int = 0
@@ -38,6 +43,7 @@ class Counts:
     tokens_saved: int = 0
     stored: int = 0
     refused: int = 0
+    left_warm: int = 0
     moved: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def move(self, source: str, target: str, blocks: int) -> None:
@@ -48,8 +54,10 @@ class Counts:
 class Simulator:
     """Replays requests against tiers of so many blocks."""
 
-    def __init__(self, blocks: Mapping[str, int], policy: PolicyFactory, promote_hits: int = 2) -> None:
+    def __init__(self, blocks: Mapping[str, int], policy: PolicyFactory, promote_hits: int = PROMOTE_HITS) -> None:
         """`blocks`: capacity by the name of the tier; warm is needed, the others may be missing.
+
+        `promote_hits`: acquires of a block until it is copied to hot; 1: at its first.
 
         Raises:
             ValueError: there is no warm tier, or a tier of another name.
@@ -73,6 +81,7 @@ class Simulator:
             self.request(request, trace.block_tokens)
             if progress is not None:
                 progress(1)
+        self.counts.left_warm = self.cache.residency.counts[WARM].evictions
         return self.counts
 
     def request(self, request: Request, block_tokens: int = 0) -> int:

@@ -33,6 +33,7 @@ _TIER_COUNTERS = (
     ("restarts", "tier_restarts", "Restarts of the tier's agent"),
     ("corrupt", "tier_corrupt", "Copies dropped because their checksum failed"),
     ("writes", "tier_writes", "Blocks moved into the tier"),
+    ("promotions", "tier_promotions", "Blocks that earned a place in the tier by hits in a slower one"),
     ("write_failures", "tier_write_failures", "Blocks that could not be moved into the tier"),
 )
 # What a medium counts itself.

@@ -55,6 +55,7 @@ class AdminHandlers:
             MethodSpec("Compact", pb.CompactRequest, pb.CompactResponse, self.compact),
             MethodSpec("Drain", pb.DrainRequest, pb.DrainResponse, self.drain),
             MethodSpec("SetLogLevel", pb.SetLogLevelRequest, pb.SetLogLevelResponse, self.set_log_level),
+            MethodSpec("Record", pb.RecordRequest, pb.RecordResponse, self.record),
         )
         return {spec.name: spec for spec in specs}
 
@@ -127,7 +128,13 @@ class AdminHandlers:
             raise InvalidRequest(f"level: {error}") from error
         return pb.SetLogLevelResponse(level=level)
 
-    def _check_operator(self, name: str, session: SessionView) -> None:
+    def record(self, request: pb.RecordRequest, session: SessionView, deadline_s: float) -> pb.RecordResponse:
+        """What workers ask for; five times a second while it lasts, so only its beginning and end are logged."""
+        self._check_operator("Record", session, logged=request.stop or not request.recording)
+        return self._engine.record(request)
+
+    def _check_operator(self, name: str, session: SessionView, logged: bool = True) -> None:
         if not self._hooks.is_operator(session.uid):
             raise PermissionDenied(f"{name} is for operators of this daemon; uid {session.uid} is not one of them")
-        log.info("admin call %s: session=%d pid=%d uid=%d", name, session.id, session.pid, session.uid)
+        if logged:
+            log.info("admin call %s: session=%d pid=%d uid=%d", name, session.id, session.pid, session.uid)

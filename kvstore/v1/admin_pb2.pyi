@@ -658,3 +658,86 @@ class SetLogLevelResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["level", b"level"]) -> None: ...
 
 global___SetLogLevelResponse = SetLogLevelResponse
+
+@typing.final
+class RecordRequest(google.protobuf.message.Message):
+    """What workers ask for, while somebody asks for it: the first call begins, and it ends 5 s after the last one."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RECORDING_FIELD_NUMBER: builtins.int
+    AFTER_FIELD_NUMBER: builtins.int
+    STOP_FIELD_NUMBER: builtins.int
+    recording: builtins.int
+    """0: begin one; else what the reply to that named"""
+    after: builtins.int
+    """how many requests have come: the daemon forgets those"""
+    stop: builtins.bool
+    """this is the last call"""
+    def __init__(
+        self,
+        *,
+        recording: builtins.int = ...,
+        after: builtins.int = ...,
+        stop: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after", b"after", "recording", b"recording", "stop", b"stop"]) -> None: ...
+
+global___RecordRequest = RecordRequest
+
+@typing.final
+class RecordedRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TIME_US_FIELD_NUMBER: builtins.int
+    NAMESPACE_FIELD_NUMBER: builtins.int
+    BLOCK_TOKENS_FIELD_NUMBER: builtins.int
+    KEYS_FIELD_NUMBER: builtins.int
+    time_us: builtins.int
+    """since the recording began"""
+    namespace: builtins.bytes
+    block_tokens: builtins.int
+    keys: builtins.bytes
+    """of the whole prompt's full blocks, 32 bytes each"""
+    def __init__(
+        self,
+        *,
+        time_us: builtins.int = ...,
+        namespace: builtins.bytes = ...,
+        block_tokens: builtins.int = ...,
+        keys: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_tokens", b"block_tokens", "keys", b"keys", "namespace", b"namespace", "time_us", b"time_us"]) -> None: ...
+
+global___RecordedRequest = RecordedRequest
+
+@typing.final
+class RecordResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RECORDING_FIELD_NUMBER: builtins.int
+    REQUESTS_FIELD_NUMBER: builtins.int
+    WAITING_FIELD_NUMBER: builtins.int
+    DROPPED_FIELD_NUMBER: builtins.int
+    LEFT_OUT_FIELD_NUMBER: builtins.int
+    recording: builtins.int
+    waiting: builtins.int
+    """requests that are left for the next call"""
+    dropped: builtins.int
+    """since it began: there was no room for them"""
+    left_out: builtins.int
+    """since it began: sets, and groups that ask for one block of many; they are no prefixes"""
+    @property
+    def requests(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RecordedRequest]: ...
+    def __init__(
+        self,
+        *,
+        recording: builtins.int = ...,
+        requests: collections.abc.Iterable[global___RecordedRequest] | None = ...,
+        waiting: builtins.int = ...,
+        dropped: builtins.int = ...,
+        left_out: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dropped", b"dropped", "left_out", b"left_out", "recording", b"recording", "requests", b"requests", "waiting", b"waiting"]) -> None: ...
+
+global___RecordResponse = RecordResponse

@@ -84,6 +84,11 @@ class AdminStub(object):
                 request_serializer=kvstore_dot_v1_dot_admin__pb2.SetLogLevelRequest.SerializeToString,
                 response_deserializer=kvstore_dot_v1_dot_admin__pb2.SetLogLevelResponse.FromString,
                 _registered_method=True)
+        self.Record = channel.unary_unary(
+                '/kvstore.v1.Admin/Record',
+                request_serializer=kvstore_dot_v1_dot_admin__pb2.RecordRequest.SerializeToString,
+                response_deserializer=kvstore_dot_v1_dot_admin__pb2.RecordResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -149,6 +154,12 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Record(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -201,6 +212,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.SetLogLevel,
                     request_deserializer=kvstore_dot_v1_dot_admin__pb2.SetLogLevelRequest.FromString,
                     response_serializer=kvstore_dot_v1_dot_admin__pb2.SetLogLevelResponse.SerializeToString,
+            ),
+            'Record': grpc.unary_unary_rpc_method_handler(
+                    servicer.Record,
+                    request_deserializer=kvstore_dot_v1_dot_admin__pb2.RecordRequest.FromString,
+                    response_serializer=kvstore_dot_v1_dot_admin__pb2.RecordResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -473,6 +489,33 @@ class Admin(object):
             '/kvstore.v1.Admin/SetLogLevel',
             kvstore_dot_v1_dot_admin__pb2.SetLogLevelRequest.SerializeToString,
             kvstore_dot_v1_dot_admin__pb2.SetLogLevelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Record(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Admin/Record',
+            kvstore_dot_v1_dot_admin__pb2.RecordRequest.SerializeToString,
+            kvstore_dot_v1_dot_admin__pb2.RecordResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -69,6 +69,11 @@ class AdminStub:
         kvstore.v1.admin_pb2.SetLogLevelResponse,
     ]
 
+    Record: grpc.UnaryUnaryMultiCallable[
+        kvstore.v1.admin_pb2.RecordRequest,
+        kvstore.v1.admin_pb2.RecordResponse,
+    ]
+
 class AdminAsyncStub:
     GetStats: grpc.aio.UnaryUnaryMultiCallable[
         kvstore.v1.admin_pb2.GetStatsRequest,
@@ -118,6 +123,11 @@ class AdminAsyncStub:
     SetLogLevel: grpc.aio.UnaryUnaryMultiCallable[
         kvstore.v1.admin_pb2.SetLogLevelRequest,
         kvstore.v1.admin_pb2.SetLogLevelResponse,
+    ]
+
+    Record: grpc.aio.UnaryUnaryMultiCallable[
+        kvstore.v1.admin_pb2.RecordRequest,
+        kvstore.v1.admin_pb2.RecordResponse,
     ]
 
 class AdminServicer(metaclass=abc.ABCMeta):
@@ -190,5 +200,12 @@ class AdminServicer(metaclass=abc.ABCMeta):
         request: kvstore.v1.admin_pb2.SetLogLevelRequest,
         context: _ServicerContext,
     ) -> typing.Union[kvstore.v1.admin_pb2.SetLogLevelResponse, collections.abc.Awaitable[kvstore.v1.admin_pb2.SetLogLevelResponse]]: ...
+
+    @abc.abstractmethod
+    def Record(
+        self,
+        request: kvstore.v1.admin_pb2.RecordRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvstore.v1.admin_pb2.RecordResponse, collections.abc.Awaitable[kvstore.v1.admin_pb2.RecordResponse]]: ...
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

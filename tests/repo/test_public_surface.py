@@ -67,7 +67,7 @@ SERVICES = {
         "Delete Clear"
     ),
     admin_pb2.DESCRIPTOR.services_by_name["Admin"]: (
-        "GetStats ListNamespaces ListSessions InspectBlock Evict Flush Verify Compact Drain SetLogLevel"
+        "GetStats ListNamespaces ListSessions InspectBlock Evict Flush Verify Compact Drain SetLogLevel Record"
     ),
 }
 

@@ -69,6 +69,7 @@ class FakeAdmin(AdminServicer):
             "Compact": pb.CompactResponse(before_bytes=2, after_bytes=1),
             "Drain": pb.DrainResponse(),
             "SetLogLevel": pb.SetLogLevelResponse(level="debug"),
+            "Record": pb.RecordResponse(recording=1),
         }
 
     def __getattribute__(self, name: str) -> Any:

@@ -299,7 +299,7 @@ def test_bench_lists_its_suites_without_a_daemon() -> None:
 def test_every_verb_has_help_and_the_shared_options() -> None:
     assert set(main.commands) == {
         "ping", "status", "stats", "tiers", "namespaces", "sessions", "inspect", "evict", "flush", "verify", "drain",
-        "log-level", "bench", "compact", "replay",
+        "log-level", "bench", "compact", "record", "replay",
     }  # fmt: skip
     for name in main.commands:
         shown = CliRunner().invoke(main, [name, "--help"]).stdout

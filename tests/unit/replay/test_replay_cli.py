@@ -10,6 +10,8 @@ from click.testing import CliRunner, Result
 
 from kvstore.cli.kvctl import main
 from kvstore.cli.replay import tier_blocks
+from kvstore.core.cache import CacheConfig
+from kvstore.core.residency import Limits
 
 
 @pytest.fixture
@@ -60,6 +62,12 @@ def test_sizes_need_the_size_of_a_block(trace: Path) -> None:
         (["--tiers", "warm=1,warm=2"], "warm=2"),
         (["--tiers", "warm=4", "--policy", "opt", "--policy", "arc"], "--sweep"),
         (["--tiers", "warm=4", "--plot", "a.png"], "--sweep"),
+        (["--sweep", "--advise"], "one of them"),
+        (["--advise", "--tiers", "warm=4"], "leave --tiers away"),
+        (["--advise", "--policy", "opt", "--policy", "arc"], "one --policy"),
+        (["--compare-one"], "add --tiers"),
+        (["--tiers", "warm=4,cold=9", "--compare-one", "--policy", "opt"], "one tier only"),
+        (["--tiers", "warm=4", "--promote-hits", "0"], "--promote-hits"),
         (["--sweep", "--capacities", "0,5"], "--capacities"),
     ],
 )
@@ -101,3 +109,37 @@ def test_made_traces_have_names() -> None:
     result = kvctl("replay", "loops", "--tiers", "warm=100", "--policy", "opt", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["trace"] == "loops"
+
+
+def test_promotions_can_be_compared_with_promote_always(trace: Path) -> None:
+    """Two runs tell what N saves; the default is the daemon's."""
+
+    def promoted(*more: object) -> dict[str, int]:
+        result = kvctl("replay", trace, "--tiers", "hot=8,warm=9,cold=40", "--json", *more)
+        found: dict[str, int] = json.loads(result.stdout)["promotions"]
+        return found
+
+    assert promoted() == promoted("--promote-hits", CacheConfig(Limits(1)).promote_hits)
+    always, seldom = promoted("--promote-hits", 1), promoted("--promote-hits", 9)
+    assert list(always) == ["cold to warm", "warm to hot"]
+    assert always["warm to hot"] > promoted()["warm to hot"] > seldom["warm to hot"]
+
+
+def test_tiers_against_one_of_their_size(trace: Path) -> None:
+    arguments = ("replay", trace, "--tiers", "warm=5,cold=15", "--compare-one")
+    answer = json.loads(kvctl(*arguments, "--json").stdout)
+    one = json.loads(kvctl("replay", trace, "--tiers", "warm=20", "--json").stdout)
+    assert answer["one_tier"] == {"capacity_blocks": 20, "block_hit_ratio": one["block_hit_ratio"]}
+    assert answer["points_to_one_tier"] == 100 * (answer["block_hit_ratio"] - one["block_hit_ratio"])
+    shown = kvctl(*arguments).stdout
+    assert "one warm tier of 20 blocks" in shown and f"the tiers {answer['points_to_one_tier']:+.2f} points" in shown
+
+
+def test_advice_as_table_and_json(trace: Path) -> None:
+    shown = kvctl("replay", trace, "--advise", "--block-bytes", "2MiB")
+    assert shown.exit_code == 0, shown.output
+    for words in ("points a doubling", "The knee is at", "90% of what an infinite cache hits needs", "Warm ", "MiB"):
+        assert words in shown.stdout
+    answer = json.loads(kvctl("replay", trace, "--advise", "--json").stdout)
+    assert [reached["share"] for reached in answer["reach"]] == [0.9, 0.95, 0.99]
+    assert "bytes" not in answer["knee"] and answer["split"]["warm_blocks"] > 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from kvstore.core.adaptive import Adaptive
 from kvstore.core.leaf_lru import LeafLru
 from kvstore.replay.optimum import optimum
 from kvstore.replay.simulator import Simulator
 from kvstore.replay.trace import Chain, Trace, made
+from kvstore.replay.workloads import workload
 
 
 def trace_of(*prompts: str, tokens: int = 0) -> Trace:
@@ -58,6 +60,20 @@ def test_what_is_read_often_is_promoted_and_counted_as_hot() -> None:
     counts = Simulator({"hot": 2, "warm": 4}, LeafLru).run(trace_of("ab", "ab", "ab", "ab"))
     assert counts.hits == {"hot": 2, "warm": 4, "cold": 0}
     assert counts.moved == {("warm", "hot"): 2}
+
+
+def test_what_an_exclusive_tier_would_write_is_every_leaving() -> None:
+    """26 blocks in turn through a warm tier of 20: the real tier writes each about once, the other at every turn."""
+    counts = Simulator({"warm": 20, "cold": 100}, LeafLru).run(trace_of(*"abcdefghijklmnopqrstuvwxyz" * 4))
+    assert counts.hits["cold"] > 50
+    assert counts.left_warm + 20 == counts.stored + counts.moved["cold", "warm"]
+    assert counts.left_warm > 2 * counts.moved["warm", "cold"]
+
+
+def test_a_block_that_is_refused_never_leaves() -> None:
+    counts = Simulator({"warm": 240}, Adaptive).run(workload("loops"))
+    assert counts.refused > 0
+    assert counts.left_warm + 240 == counts.stored
 
 
 def test_a_request_without_blocks_is_a_request() -> None:

@@ -244,6 +244,7 @@ def test_the_admin_service_answers(setup: Setup) -> None:
     assert caller(admin.Flush, admin_pb2.FlushRequest(timeout_ms=700)).unsaved == 700
     assert caller(admin.Verify, admin_pb2.VerifyRequest(tier=3)).checked == 4  # type: ignore[arg-type]
     assert caller(admin.SetLogLevel, admin_pb2.SetLogLevelRequest(level="debug")).level == "debug"
+    assert caller(admin.Record, admin_pb2.RecordRequest(recording=7)).recording == 7
     assert setup.levels == ["debug"]
 
 
@@ -279,6 +280,8 @@ def test_what_changes_the_daemon_is_for_operators(setup: Setup) -> None:
         (admin.Verify, admin_pb2.VerifyRequest(tier=2)),  # type: ignore[arg-type]
         (admin.Drain, admin_pb2.DrainRequest()),
         (admin.SetLogLevel, admin_pb2.SetLogLevelRequest(level="debug")),
+        (admin.Record, admin_pb2.RecordRequest()),
+        (admin.Record, admin_pb2.RecordRequest(recording=1)),
     ):
         assert code_of(lambda: caller(method, request))[0] is grpc.StatusCode.PERMISSION_DENIED  # noqa: B023
     assert not setup.engine.drained
