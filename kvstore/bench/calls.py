@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 
 from kvstore.bench import worker
-from kvstore.bench.figures import Result, latency_figures
+from kvstore.bench.echo import Echo
+from kvstore.bench.figures import Result, Value, latency_figures
 from kvstore.bench.memory import kv_like_blocks
 from kvstore.bench.neighbour import BLOCK_NBYTES, neighbour_name
 from kvstore.bench.neighbours import neighbours
@@ -46,7 +47,10 @@ class Calls:
     def one_key(self, name: str, space: Namespace, keys: Keys) -> Result:
         """A match of one key, again and again, by whichever transport the client has."""
         one = keys[:1]
-        return Result(name, latency_figures(_timed(lambda: space.match(one, timeout_s=_TIMEOUT_S), self._scale.calls)))
+        with Echo() as echo:
+            bare_s = _timed(echo, self._scale.calls)
+        taken_s = _timed(lambda: space.match(one, timeout_s=_TIMEOUT_S), self._scale.calls)
+        return Result(name, {**latency_figures(taken_s), **_bare(bare_s)})
 
     def many_keys(self, name: str, space: Namespace, keys: Keys) -> Result:
         """A match of the whole prefix, all of it present."""
@@ -63,13 +67,20 @@ class Calls:
 
     def beside_neighbours(self, name: str, space: Namespace, keys: Keys) -> Result:
         """A match of one key while three other processes keep the daemon busy."""
-        one, taken_s = keys[:1], []
-        with neighbours("calls", self._address, self._scale.batch_keys, _NEIGHBOURS):
+        one, taken_s, bare_s = keys[:1], [], []
+        with Echo() as echo, neighbours("calls", self._address, self._scale.batch_keys, _NEIGHBOURS):
             ends = time.monotonic() + (_BUSY_SPAN_S if self._scale.is_full else 1.0)
             while time.monotonic() < ends:
                 taken_s += _timed(lambda: space.match(one, timeout_s=_TIMEOUT_S), 1)
                 time.sleep(0.001)  # a worker does something between its calls
-        return Result(name, {**latency_figures(taken_s), "neighbours": _NEIGHBOURS})
+                bare_s += _timed(echo, 1)
+                time.sleep(0.001)
+        return Result(name, {**latency_figures(taken_s), **_bare(bare_s), "neighbours": _NEIGHBOURS})
+
+
+def _bare(taken_s: list[float]) -> dict[str, Value]:
+    """An echo's figures, beside those of the calls that were made in turn with it."""
+    return {f"echo_{name}": value for name, value in latency_figures(taken_s).items() if name.endswith("_us")}
 
 
 def _timed(call: Callable[[], object], times: int) -> list[float]:

@@ -336,10 +336,13 @@ class Reads:
 
     def _count_hits(self, blocks: Sequence[Block]) -> None:
         """Uses count only while there is a faster tier to earn. What has no place in warm earns that first."""
+        # Into a full tier it takes more: each that comes drives another out.
+        full = bool(blocks) and self._residency.budgets[HOT].free_bytes < blocks[0].namespace.block_nbytes
+        needed = 2 * self._promote_hits - 1 if full else self._promote_hits
         for block in blocks:
             if block.copies & WARM and not block.spare & WARM:
                 block.hits += 1
-                if block.hits >= self._promote_hits and not block.copies & HOT:
+                if block.hits >= needed and not block.copies & HOT:
                     block.hits = 0
                     self.promotions[block] = None
 

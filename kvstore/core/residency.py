@@ -358,7 +358,8 @@ class Residency:
         self.budgets[tier].add(block.namespace.tenant, stored_bytes)
         self.counts[tier].blocks += 1
         self.orders.insert(block, tier)
-        self.orders.offer(block)
+        if block.copies != tier:  # it may leave another tier now
+            self.orders.offer(block)
 
     def drop_below(self, block: Block, tier: int, delete: bool = True) -> None:
         """A copy in HOT or COLD goes; `delete` says that the medium still has it."""

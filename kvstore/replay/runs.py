@@ -64,6 +64,8 @@ def replay(
     result["block_hit_ratio"] = hits / counts.references
     result |= {"optimum": best, "share_of_optimum": hits / counts.references / best if best else None}
     result |= _figures(counts, tiers, block_bytes)
+    seen = simulator.cache.residency.counts
+    result["promotions"] = {name: seen[TIERS[name]].promotions for name in ("hot", "warm") if tiers.get(name)}
     return result | {"seconds": seconds, "references_per_s": counts.references / max(seconds, 1e-9)}
 
 
@@ -135,8 +137,6 @@ def _figures(counts: Counts, tiers: Mapping[str, int], block_bytes: int) -> dict
     """What one replay has counted."""
     moved = {f"{source} to {target}": blocks for (source, target), blocks in sorted(counts.moved.items())}
     ssd = counts.moved.get(("warm", "cold"), 0)
-    upwards = (("cold", "warm"), ("warm", "hot"))
-    promotions = {f"{a} to {b}": counts.moved.get((a, b), 0) for a, b in upwards if tiers.get(a) and tiers.get(b)}
     figures: dict[str, Any] = {
         "tiers": {
             tier: {"capacity_blocks": tiers[tier], "hit_ratio": counts.hits[tier] / counts.references}
@@ -149,7 +149,6 @@ def _figures(counts: Counts, tiers: Mapping[str, int], block_bytes: int) -> dict
         "stored_blocks": counts.stored,
         "refused_blocks": counts.refused,
         "moved_blocks": moved,
-        "promotions": promotions,
         "ssd_written_blocks": ssd,
         "ssd_written_exclusive_blocks": counts.left_warm if tiers.get("cold") else 0,
     }
