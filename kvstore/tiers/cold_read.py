@@ -86,7 +86,12 @@ class ColdReader:
         self._advise(self.look_up([entry_key(item.ref) for item in items]), 0, len(items))
 
     def look_up(self, entries: Sequence[bytes]) -> list[Found | None]:
-        """The records of some blocks; none where there is none, or the store cannot be used."""
+        """The records of some blocks; none where there is none, or the store cannot be used.
+
+        Pages that a compaction may have moved are left out. Whether it may have is asked before the records are read:
+        those that were read until the new pages had been noted still have the old ones.
+        """
+        known = self.pages_known
         nothing: list[Found | None] = [None] * len(entries)
         if self._writer.failure:
             return nothing
@@ -96,10 +101,11 @@ class ColdReader:
                 return nothing
         try:
             with self._store.records.env.begin() as txn:
-                return [_parse(entry, txn.get(entry)) for entry in entries]
+                found = [_parse(entry, txn.get(entry)) for entry in entries]
         except lmdb.Error as error:
             self._writer.note(error, "read_failures")
             return nothing
+        return found if known else [one and one._replace(page=0) for one in found]
 
     def fetch(self, item: TierItem, found: Found, out: NDArray[np.uint8]) -> Outcome:
         """Decode a block into `out`; nothing is dropped or counted. BUSY: LMDB has no reader to spare."""
@@ -146,10 +152,9 @@ class ColdReader:
 
     def _advise(self, found: Sequence[Found | None], start: int, stop: int) -> int:
         """Tell the disk of some payloads; up to which one it has been told."""
-        if self.pages_known:
-            for one in islice(found, start, stop):
-                if one is not None and one.page:
-                    self.values.advise(one.page, one.page_bytes)
+        for one in islice(found, start, stop):
+            if one is not None and one.page:
+                self.values.advise(one.page, one.page_bytes)
         return min(stop, len(found))
 
     def _read(self, item: TierItem, found: Found | None) -> Outcome:
@@ -177,7 +182,7 @@ class ColdReader:
         return Outcome.CORRUPT
 
     def _take_pages(self, found: Found) -> None:
-        if self.pages_known and found.page:
+        if found.page:
             self.values.populate(found.page, found.page_bytes)
 
     def _decode(self, frame: memoryview, item: TierItem, out: NDArray[np.uint8]) -> Outcome:

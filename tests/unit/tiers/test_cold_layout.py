@@ -202,6 +202,23 @@ def test_pages_are_looked_for_again_once_they_moved(rig: ColdRig) -> None:
     assert _pages(rig) == before
 
 
+def test_a_record_that_was_read_before_its_new_page_was_noted_does_no_harm(rig: ColdRig) -> None:
+    """Regression: its page, beyond the end of the smaller file, was taken for a truncation; the store was set aside."""
+    rig.store(range(40))
+    reader = rig.tier._reader
+    stale = [found for found in reader.look_up([entry_key(ref(39))]) if found is not None]
+    assert stale[0].page
+    rig.tier.delete([ref(number) for number in range(39)])
+    rig.tier.compact()
+    reader.pages_known = False
+    (read_early,) = reader.look_up([entry_key(ref(39))])
+    assert read_early is not None and read_early.page == 0
+    reader.pages_known = True  # the keeper has noted all pages in between
+    item = rig.item(39)
+    assert reader.fetch(item, read_early, rig.memory.view(item.range)) is OK
+    assert rig.tier.failure == ""
+
+
 def _pages(rig: ColdRig) -> dict[bytes, int]:
     entries = [entry_key(record.ref) for record in rig.tier.scan()]
     return {entry: found.page for entry, found in zip(entries, rig.tier._reader.look_up(entries), strict=True) if found}
