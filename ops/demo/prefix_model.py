@@ -6,6 +6,7 @@ what the weights have learnt.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvstore_client import KVLayout, TensorSpec
+
+# Renamed in transformers 5; the older name warns at every call.
+_CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 SEED = 20_240_607
 THREADS = 2
@@ -75,7 +79,7 @@ def layout(model: LlamaForCausalLM) -> KVLayout:
 @torch.inference_mode()
 def prefill(model: LlamaForCausalLM, tokens: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
     """Logits of the last token, (vocabulary,); `cache` (if any) is read and extended."""
-    output = model(tokens, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+    output = model(tokens, **{_CACHE: cache}, use_cache=cache is not None, logits_to_keep=1)
     return output.logits[0, -1]
 
 
