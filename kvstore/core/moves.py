@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 from kvstore.core.block import COLD, HOT, REFUSED, WARM, Block, Blocks
@@ -48,7 +48,7 @@ class Moves:
         residency = self._residency
         if not residency.up[COLD] or not residency.dirty:
             return False
-        return len(residency.urgent) > len(self._put_off) or residency.leaving_bytes < self._leaving_wanted()
+        return bool(residency.urgent) or residency.leaving_bytes < self._leaving_wanted()
 
     def _leaving_wanted(self) -> int:
         """Bytes of warm that should be on their way out."""
@@ -111,13 +111,15 @@ class Moves:
         """What leaves warm next, in that order. What the cold tier did not take goes last."""
         residency = self._residency
         residency.let_leave(self._leaving_wanted(), _LEAVE_BLOCKS)
-        leaving = [block for block in residency.urgent if self._may_save(block, crowded)]
-        leaving.sort(key=self._put_off.__contains__)
+        fresh = (block for block in residency.urgent if block not in self._put_off)
+        again = (block for block in self._put_off if block in residency.urgent)
+        # Not one more than is wanted: there may be tens of thousands, and the engine's lock is held.
+        leaving = list(islice((block for block in chain(fresh, again) if self._may_save(block, crowded)), count))
         if residency.budgets[COLD].free_bytes < residency.budgets[WARM].capacity_bytes:
-            return leaving[:count]
+            return leaving
         # A leaf is worth nothing after a crash without what it hangs on. As long as there is room for it all.
         found: dict[Block, None] = {}
-        for block in leaving[:count]:
+        for block in leaving:
             path = [block]
             while (above := path[-1].parent) is not None and above not in found and self._may_save(above, crowded):
                 path.append(above)

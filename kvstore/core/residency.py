@@ -263,6 +263,9 @@ class Residency:
             if block is None:
                 return
             block.hits = _PASSED
+            if block.spare & REFUSED:  # by a budget that may have recovered since
+                block.spare &= ~REFUSED
+                self.dirty[block] = None
             self.set_leaving(block, leaving=True)
             count -= 1
 

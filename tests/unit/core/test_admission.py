@@ -100,6 +100,20 @@ def test_a_block_that_is_refused_is_dropped_unless_it_is_used_again() -> None:
     check(world)
 
 
+def test_what_was_refused_while_it_stayed_is_judged_again_when_it_leaves() -> None:
+    """Regression: a day's budget that had run out cost a block its copy for as long as it stayed in warm."""
+    world = World(warm_bytes_for(8), cold_bytes=64 * PAGE)
+    space = world.open()
+    world.put(space, chain(1))
+    (one,) = space.blocks.values()
+    world.cache.residency.refuse_save(one)
+    world.cache.residency.let_leave(PAGE, 1)
+    (save,) = world.start_saves(flush=False)
+    world.end_save(save)
+    assert tiers_of(one) == "warm cold"
+    check(world)
+
+
 def test_a_flush_saves_what_was_refused_above_what_it_saves() -> None:
     world = World(warm_bytes_for(8), cold_bytes=64 * PAGE)
     space = world.open()

@@ -202,6 +202,20 @@ def test_a_save_that_failed_is_tried_again_after_the_others(world: World) -> Non
     check(world)
 
 
+def test_what_cold_did_not_take_is_tried_again_without_new_traffic(world: World) -> None:
+    """Regression: once all that leaves had failed, nothing was wanted, and a disk that has room again was not asked."""
+    space = world.open()
+    world.put(space, chain(1))
+    world.cache.residency.let_leave(PAGE, 1)
+    (save,) = world.start_saves(flush=False)
+    world.end_save(save, None)
+    assert world.cache.moves.wants_saving()
+    (save,) = world.start_saves(flush=False)
+    world.end_save(save)
+    assert tiers_of(space.blocks[chain(1)[0]]) == "warm cold"
+    check(world)
+
+
 def test_a_block_deleted_while_it_is_saved_is_deleted_from_cold(world: World) -> None:
     space = world.open()
     world.put(space, chain(1))
