@@ -19,6 +19,7 @@ from kvstore.core.reads import Reads, ReadSettings
 from kvstore.core.residency import Limits, Residency
 from kvstore.core.slabs import SlabAllocator, SlotRef
 from kvstore.core.slots import SlotTable
+from kvstore.core.terms import TermsKeeper
 from kvstore.protocol.errors import InvalidRequest, NotFound
 from kvstore.protocol.slab import slab_target_bytes, slot_bytes_for
 
@@ -71,6 +72,7 @@ class BlockCache:
         self.reads = Reads(self.index, self.residency, config.lease_ttl_s, settings)
         self.moves = Moves(self.residency, self.reads)
         self.gate = BenefitGate(self.index, self.residency, self.reads)
+        self.terms = TermsKeeper(self.residency)
 
     # -- namespaces -------------------------------------------------------------------------------------------
 
@@ -144,8 +146,8 @@ class BlockCache:
 
     def trim(self, tier: int) -> None:
         """Drop what is over the tier's capacity or over a tenant's limit: after a restart either may be smaller."""
-        for tenant in list(self.residency.budgets[tier].by_tenant):
-            self.residency.make_room_below(tier, tenant, 0)
+        for namespace in list(self.residency.budgets[tier].by_namespace):
+            self.residency.make_room_below(tier, namespace, 0)
 
     # -- admin ------------------------------------------------------------------------------------------------
 

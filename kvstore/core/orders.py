@@ -8,6 +8,7 @@ level has an order of its own, and the lowest level leaves first, whatever its a
     PINNED    softly pinned by an operator or a put: leaves when nothing else may
 
 An order never sees a block of another level: what moves is removed from one order and inserted into the other.
+Only a namespace that has a limit of its own has an order beside these (core.own), whatever the level.
 """
 
 from __future__ import annotations
@@ -73,10 +74,14 @@ class Orders:
     def insert(self, block: Block, tier: int) -> None:
         """The block gained a copy in the tier."""
         self._at(block, tier).insert(block)
+        if block.namespace.own and tier in block.namespace.own:
+            block.namespace.own[tier].insert(block)
 
     def remove(self, block: Block, tier: int) -> None:
         """Its copy in the tier has gone: what it hung on may be a leaf now, of whatever level."""
         self._at(block, tier).remove(block)
+        if block.namespace.own and tier in block.namespace.own:
+            block.namespace.own[tier].remove(block)
         parent = block.parent
         if parent is not None and parent.copies & tier:
             self._at(parent, tier).offer(parent)
@@ -92,6 +97,8 @@ class Orders:
         for tier in TIERS:
             if block.copies & tier:
                 self._at(block, tier).offer(block)
+        for order in block.namespace.own.values():
+            order.offer(block)
 
     def set_spare(self, block: Block, tier: int, spare: bool) -> None:
         """Say whether its copy in a tier is the first to go."""
@@ -124,10 +131,19 @@ class Orders:
         """The block to leave next in the place where the namespace's blocks are."""
         return _first(self._places.get(_place(namespace, tier), {}), allowed)
 
+    def own_victim(self, namespace: Namespace, tier: int, allowed: Allowed) -> Block | None:
+        """The block to leave next where the namespace itself has to make room, for it has a limit of its own."""
+        own = namespace.own.get(tier)
+        return own.victim(allowed) if own is not None else None
+
     def oldest(
         self, tier: int, allowed: Allowed, tenants: Collection[str] | None = None, level_min: int = SPARE
     ) -> Block | None:
-        """The block to leave next in all places of a tier, or of some tenants there: lowest level, then last use."""
+        """The block to leave next in all places of a tier, or of some tenants there.
+
+        In a place the lowest level goes first; between places only age counts, but for what is spare or pinned: one
+        tenant's priorities are no burden on another.
+        """
         victims = [
             _first(levels, allowed, level_min)
             for place, levels in self._places.items()
@@ -135,7 +151,7 @@ class Orders:
         ]
         return min(
             (block for block in victims if block is not None),
-            key=lambda block: (level_of(block, tier), block.touched),
+            key=lambda block: (_RANKS[level_of(block, tier)], block.touched),
             default=None,
         )
 
@@ -154,6 +170,9 @@ class Orders:
         if level != namespace.level:
             return level < namespace.level
         return self.of(namespace, tier, level).admits(namespace, key, victim)
+
+
+_RANKS = (0, 1, 1, 1, 2)  # of levels, between places
 
 
 def _anywhere(block: Block, tier: int) -> bool:
