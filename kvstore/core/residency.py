@@ -176,7 +176,7 @@ class Residency:
         """Drop up to `blocks` warm blocks for as many new ones; returns how many, and whether a new one was refused."""
         orders, allowed = self.orders, self.may_leave_warm
         for done in range(blocks):
-            own = self.budgets[WARM].over_namespace_limit(namespace, namespace.slot_bytes)
+            own = self.budgets[WARM].over_namespace_limit(namespace, (done + 1) * namespace.slot_bytes)
             victim = (orders.own_victim if own else orders.victim)(namespace, WARM, allowed)
             if victim is None and self.budgets[WARM].over_tenant_limit(namespace, namespace.slot_bytes) and not own:
                 # What it is over by may lie in other classes.

@@ -205,9 +205,7 @@ class World:
 
     # -- puts -------------------------------------------------------------------------------------------------
 
-    def begin(
-        self, namespace: Namespace, keys: Sequence[bytes], parent: bytes = b"", pin: bool = False
-    ) -> PutPlan:
+    def begin(self, namespace: Namespace, keys: Sequence[bytes], parent: bytes = b"", pin: bool = False) -> PutPlan:
         """Begin a put."""
         plan = self.cache.puts.begin(namespace, parent, keys, pin)
         self.plans.append(plan)

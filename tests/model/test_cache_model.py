@@ -37,7 +37,8 @@ WEIGHTS = {
     "release": 6, "hand_off": 2, "adopt": 2, "end_session": 1, "time_passes": 2, "delete": 2, "clear": 1, "reap": 4,
     "evict": 4, "load_begin": 8, "load_end": 8, "load_everything": 2, "save_begin": 8, "save_end": 12,
     "learn": 4, "acquire_gated": 10,
-    "treat": 2, "pin": 2, "save_everything": 1, "agent_restarts": 1, "damage": 1, "reclaim": 2, "memory": 1, "restart": 0.3,
+    "treat": 2, "pin": 2,
+    "save_everything": 1, "agent_restarts": 1, "damage": 1, "reclaim": 2, "memory": 1, "restart": 0.3,
 }  # fmt: skip
 VALUES: dict[str, Callable[[random.Random], object]] = {
     "name": lambda r: r.choice(SPACES),

@@ -253,6 +253,17 @@ def test_a_namespace_makes_room_for_itself_within_its_limit(world: World) -> Non
     check(world)
 
 
+def test_a_batch_makes_room_for_itself_too(world: World) -> None:
+    space, other = world.open("space"), world.open("other")
+    treat(world, space, limits={WARM: 4 * PAGE})
+    put_each(world, other, *"abcd")
+    for name in "pqr":
+        assert world.put(space, chain(3, name)) == ["STORED"] * 3
+    assert names(other, *"abcd") == "abcd"
+    assert (world.match(space, chain(3, "q")), world.match(space, chain(3, "r"))) == (1, 3)
+    check(world)
+
+
 def test_more_than_its_limit_is_stored_in_part(world: World) -> None:
     space = world.open()
     treat(world, space, limits={WARM: 3 * PAGE})
