@@ -138,11 +138,14 @@ class BlockCache:
             block.checksum = record.checksum
             block.lossy = record.checksum if record.lossy else b""
             self.residency.stamp(block)
-            self.residency.gain_below(block, COLD, record.stored_bytes)
+            self.residency.count_below(block, COLD, record.stored_bytes)
 
     def recovered(self, namespace: Namespace) -> None:
         """All records of the namespace have been entered."""
         self.index.settle(namespace)
+        for block in namespace.blocks.values():  # not one by one: a leaf is known only now
+            if block.copies:
+                self.residency.orders.insert(block, COLD)
 
     def trim(self, tier: int) -> None:
         """Drop what is over the tier's capacity or over a tenant's limit: after a restart either may be smaller."""

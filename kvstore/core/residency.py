@@ -352,18 +352,22 @@ class Residency:
 
     def gain_below(self, block: Block, tier: int, stored_bytes: int) -> None:
         """The block has a copy in HOT or COLD that takes `stored_bytes` there."""
-        assert not block.copies & tier
         if tier == COLD and block.copies & WARM:
             self._clean(block)
+        self.count_below(block, tier, stored_bytes)
+        self.orders.insert(block, tier)
+        if block.copies != tier:  # it may leave another tier now
+            self.orders.offer(block)
+
+    def count_below(self, block: Block, tier: int, stored_bytes: int) -> None:
+        """As gain_below, but for the order, into which it must be inserted before anything else happens."""
+        assert not block.copies & tier
         block.copies |= tier
         if tier == COLD:
             block.stored_bytes = stored_bytes
             self.raw_cold_bytes += block.namespace.block_nbytes
         self.budgets[tier].add(block.namespace, stored_bytes)
         self.counts[tier].blocks += 1
-        self.orders.insert(block, tier)
-        if block.copies != tier:  # it may leave another tier now
-            self.orders.offer(block)
 
     def drop_below(self, block: Block, tier: int, delete: bool = True) -> None:
         """A copy in HOT or COLD goes; `delete` says that the medium still has it."""
