@@ -35,6 +35,7 @@ SPARE, LOW, NORMAL, HIGH, PINNED = range(5)
 
 # The usual level has the lowest bits: numbers up to 256 are no objects of their own in memory.
 _UNITS = (8, 64, 1, 512, 4096)  # by level
+MARKS = tuple(tuple(tier * unit for unit in _UNITS) for tier in range(COLD + 1))  # by tier and level, as mark_of
 
 
 # Bits of Block.marks.
