@@ -18,10 +18,10 @@ class Budget:
     def missing(self, tenant: str, nbytes: int) -> int:
         """How many bytes must leave before `tenant` may add `nbytes`; 0: it may now."""
         over = self.used_bytes + nbytes - self.capacity_bytes
-        limit = self.tenant_limits.get(tenant)
+        limit = self.tenant_limits.get(tenant) if self.tenant_limits else None
         if limit is not None:
             over = max(over, self.by_tenant.get(tenant, 0) + nbytes - limit)
-        return max(0, over)
+        return over if over > 0 else 0
 
     @property
     def free_bytes(self) -> int:
@@ -46,10 +46,11 @@ class Budget:
 
     def remove(self, tenant: str, nbytes: int) -> None:
         """Count bytes that have gone."""
-        left = self.by_tenant.get(tenant, 0) - nbytes
+        by_tenant = self.by_tenant
+        left = by_tenant.get(tenant, 0) - nbytes
         assert left >= 0 and self.used_bytes >= nbytes, f"budget of {tenant!r} would fall below zero"
         self.used_bytes -= nbytes
         if left:
-            self.by_tenant[tenant] = left
+            by_tenant[tenant] = left
         else:
-            self.by_tenant.pop(tenant, None)
+            by_tenant.pop(tenant, None)

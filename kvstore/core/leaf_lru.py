@@ -13,8 +13,8 @@ of anything below it. The order is a heap of leaves with lazy entries, at most o
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Sequence
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 from typing import TypeAlias
 
@@ -41,9 +41,9 @@ class LeafLru:
     def insert(self, block: Block) -> None:
         """Add a block with the stamp it has: moving a copy is no use of it."""
         self._live += 1
-        parent = block.parent
-        if parent is not None and parent.queued & self._mark and not self._is_free(parent, self._tier):
-            self._stale += not drop_last(self._heap, parent, self._mark)
+        mark, parent = self._mark, block.parent
+        if parent is not None and parent.queued & mark and not self._is_free(parent, self._tier):
+            self._stale += not drop_last(self._heap, parent, mark)
         self.offer(block)
 
     def touch(self, block: Block) -> None:
@@ -52,9 +52,10 @@ class LeafLru:
 
     def offer(self, block: Block) -> None:
         """Give `block` an entry again, if it may be its turn."""
-        if not block.queued & self._mark and self._stands(block):
-            block.queued |= self._mark
-            heapq.heappush(self._heap, (block.touched, next(self._entry), block))
+        tier, mark = self._tier, self._mark
+        if not block.queued & mark and block.stands(tier, mark) and self._is_free(block, tier):
+            block.queued |= mark
+            heappush(self._heap, (block.touched, next(self._entry), block))
             self._compact()
 
     def victim(self, allowed: Callable[[Block], bool]) -> Block | None:
@@ -64,11 +65,11 @@ class LeafLru:
             stamp, _, block = heap[0]
             stands = block.stands(tier, mark)
             if stands and block.touched > stamp:
-                heapq.heapreplace(heap, (block.touched, next(self._entry), block))
+                heapreplace(heap, (block.touched, next(self._entry), block))
             elif stands and self._is_free(block, tier) and allowed(block):
                 return block
             else:
-                heapq.heappop(heap)
+                heappop(heap)
                 block.queued &= ~mark
         return None
 
@@ -77,7 +78,8 @@ class LeafLru:
         self._live -= 1
         parent = block.parent
         if parent is not None:
-            parent.touched = max(parent.touched, block.touched)
+            if block.touched > parent.touched:
+                parent.touched = block.touched
             self.offer(parent)
         self._compact()
 
@@ -124,5 +126,5 @@ def compacted(heap: list[Entry], mark: int, stands: Callable[[Block], bool]) -> 
             kept.append(entry)
         else:
             block.queued &= ~mark
-    heapq.heapify(kept)
+    heapify(kept)
     return kept

@@ -7,7 +7,7 @@ from collections.abc import Container
 from itertools import chain, islice
 from typing import NamedTuple
 
-from kvstore.core.block import COLD, HOT, REFUSED, WARM, Block, Blocks
+from kvstore.core.block import COLD, HOT, REFUSED, SAVING, WARM, Block, Blocks
 from kvstore.core.lending import ClassKey
 from kvstore.core.reads import Reads
 from kvstore.core.residency import BelowRef, Residency, slot_bytes
@@ -66,7 +66,8 @@ class Moves:
         None while cleared blocks wait to be emptied: their copies must be deleted before newer ones of the same
         keys are written. For the same reason no key is saved twice at once.
         """
-        self._put_off = {block: None for block in self._put_off if block in self._residency.dirty}
+        if self._put_off:
+            self._put_off = {block: None for block in self._put_off if block in self._residency.dirty}
         batch: list[Copy] = []
         crowded: set[ClassKey] = set()  # no room below, and nothing that may leave: the others must not wait for it
         choose = self._newest if newest_first else self._closest_to_leave
@@ -91,7 +92,7 @@ class Moves:
         leaving warm. One that has something below hanging on it is not refused, for it could never leave.
         """
         residency = self._residency
-        wanted = wanted or any(child.saving or child.copies & COLD for child in block.children())
+        wanted = wanted or any([child.saving or child.copies & COLD for child in block.children()])
         if wanted:
             residency.reconsider(block.parent)
         elif (block.parent is not None and block.parent.spare & REFUSED) or not residency.admits_below(block):
@@ -153,9 +154,9 @@ class Moves:
         slot = block.slot
         return (
             block in self._residency.dirty
-            and not block.saving
+            and not block.marks & SAVING
             and slot is not None
-            and slot.state == SlotState.READY
+            and slot.state is SlotState.READY
             and _ref(block) not in self._under_way
             and _class_of(block) not in crowded
         )
@@ -257,7 +258,7 @@ class Moves:
     def _trim_cold(self, tenant: str) -> None:
         """What was stored may take more than its raw bytes, for which there was room."""
         make_room = self._residency.make_room_below
-        if not make_room(COLD, tenant, 0, spare_ahead=True):
+        if self._residency.budgets[COLD].missing(tenant, 0) and not make_room(COLD, tenant, 0, spare_ahead=True):
             make_room(COLD, tenant, 0)
 
     def _end(self, tier: int, copy: Copy) -> None:

@@ -40,7 +40,7 @@ class Reject(IntEnum):
     NOT_ADMITTED = 10
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class PutItem:
     """One block of a put. `slot` is FILLING and the put's own from begin to finish."""
 
@@ -131,8 +131,8 @@ class Puts:
             if stale or not item.checksum:
                 item.reason = Reject.CLEARED if stale else (item.reason or Reject.DEADLINE)
                 self._residency.abandon(slot)
-            else:
-                published += self._publish(plan.namespace, item, slot)
+            elif (block := self._publish(plan.namespace, item, slot)) is not None:
+                published.append(block)
         if plan.namespace.chain:
             # Only a leaf's stamp counts, and they hang on one another: one integer of 32 bytes for all.
             for block in published:
@@ -140,31 +140,31 @@ class Puts:
         self._let_go(plan)
         self._count(plan.items)
 
-    def _publish(self, namespace: Namespace, item: PutItem, slot: Slot) -> tuple[Block, ...]:
+    def _publish(self, namespace: Namespace, item: PutItem, slot: Slot) -> Block | None:
         """Returns the block, if it was stored."""
-        if self._index.find(namespace, item.key) is not None:
+        held = namespace.blocks.get(item.key)
+        if held is not None and held.present:
             item.status = PutStatus.EXISTS
             self._residency.abandon(slot)
-            return ()
-        held = namespace.blocks.get(item.key)
+            return None
         block = (
             None if held is not None and held.slot is not None else self._index.insert(namespace, item.key, item.parent)
         )
         if block is None:  # the parent has gone, or an agent is still filling the hole
             item.reason = Reject.NO_PARENT
             self._residency.abandon(slot)
-            return ()
+            return None
         if block.copies:  # an orphan that its parent has just brought back
             item.status = PutStatus.EXISTS
             self._residency.abandon(slot)
-            return ()
+            return None
         block.checksum = item.checksum
         item.status = PutStatus.STORED
         self._residency.stamp(block)
         if item.passes:
             self._residency.pass_through(block)
         self._residency.gain_warm(block, slot)
-        return (block,)
+        return block
 
     def _new_items(self, plan: PutPlan) -> list[PutItem]:
         wanted = []

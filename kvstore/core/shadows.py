@@ -102,12 +102,12 @@ class Shadow:
 
     def _make_room(self, known: bool, now: int) -> bool:
         """False where a new name would be the next to leave itself."""
-        once, again, capacity = self._once, self._again, self._capacity
+        once, again, capacity, bias = self._once, self._again, self._capacity, self._bias
         while (held := len(once) + len(again)) >= capacity:
             if self._closed and not known and held == capacity:
                 return False
-            oldest = again[next(iter(again))] + self._bias if again else FOREVER
-            if once and once[next(iter(once))] <= oldest:
+            oldest = again[next(iter(again))] + bias if again and bias < FOREVER else FOREVER
+            if once and (oldest >= FOREVER or once[next(iter(once))] <= oldest):
                 self._note(once.popitem(last=False)[0])
             elif known or oldest <= now:
                 self._note(again.popitem(last=False)[0])
