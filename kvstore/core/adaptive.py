@@ -23,7 +23,7 @@ from itertools import count
 
 from kvstore.core.block import COLD, REUSED, Block, Namespace
 from kvstore.core.ghosts import Ghosts
-from kvstore.core.leaf_lru import Entry, compacted, drop_last, worth_compacting
+from kvstore.core.leaf_lru import SLACK_ENTRIES, Entry, compacted, drop_last, worth_compacting
 from kvstore.core.shadows import FOREVER, GHOSTS, Candidate, Shadows, name_of
 
 CANDIDATES = (Candidate(0), Candidate(2), Candidate(FOREVER), Candidate(FOREVER, closed=True))
@@ -62,12 +62,16 @@ class Adaptive:
 
     def insert(self, block: Block) -> None:
         """Add a block with the stamp it has; one that is back soon after it left counts as used again."""
-        self._live += 1
+        self._live = live = self._live + 1
+        if live > self._peak:
+            self._peak = live
         if block.touched > self._now:
             self._now = block.touched
-        if self._full and self._ghosts.take(_name(block)):
+        if self._full and self._ghosts.take(int.from_bytes(block.key[:8], "little") ^ block.namespace.salt):  # name_of
             block.marks |= REUSED
-        self._measure()
+        self._window -= 1
+        if self._window < 0 or (self._full and self._peak > self._capacity):
+            self._measure()
         mark, parent = self._mark, block.parent
         if parent is not None and parent.queued & mark:
             heap = self._again if parent.marks & REUSED and parent.touched else self._once
@@ -82,8 +86,8 @@ class Adaptive:
 
     def offer(self, block: Block) -> None:
         """Give `block` an entry again, if it is a leaf."""
-        tier, mark = self._tier, self._mark
-        if not block.queued & mark and block.stands(tier, mark) and (block.below is None or block.is_leaf(tier)):
+        mark = self._mark
+        if not block.queued & mark and (block.below is None or block.is_leaf(self._tier)):
             block.queued |= mark
             self._push(block)
             self._compact()
@@ -94,13 +98,14 @@ class Adaptive:
         if block is self._last:
             self._last = None
             self._fill()
-            self._ghosts.add(_name(block))
+            self._ghosts.add(name_of(block.key, block.namespace.salt))
         parent = block.parent
         if parent is not None:
             if block.touched > parent.touched:
                 parent.touched = block.touched
             parent.marks |= block.marks & REUSED
-            self.offer(parent)
+            if parent.stands(self._tier, self._mark):
+                self.offer(parent)
         self._compact()
 
     # -- who leaves, and who may come -------------------------------------------------------------------------
@@ -175,15 +180,11 @@ class Adaptive:
 
     def _measure(self) -> None:
         """Follow the capacity: the most blocks held in the last so many inserts."""
-        if self._live > self._peak:
-            self._peak = self._live
-        self._window -= 1
-        if not self._full:
-            if self._window < 0:
-                self._window = self._live
-                self._shadows.growing(self._live)
-        elif self._window < 0 or self._peak > self._capacity:
+        if self._full:
             self._resize(self._peak)
+        else:
+            self._window = self._live
+            self._shadows.growing(self._live)
 
     def _resize(self, blocks: int) -> None:
         self._capacity = max(1, blocks)
@@ -194,14 +195,11 @@ class Adaptive:
 
     def _compact(self) -> None:
         """Without pressure, entries that say nothing would pile up."""
-        if worth_compacting(len(self._once) + len(self._again), self._live, self._stale):
+        entries = len(self._once) + len(self._again)
+        if entries > SLACK_ENTRIES and worth_compacting(entries, self._live, self._stale):
             self._stale = 0
             self._once = compacted(self._once, self._mark, self._stands)
             self._again = compacted(self._again, self._mark, self._stands)
 
     def _stands(self, block: Block) -> bool:
         return block.stands(self._tier, self._mark) and block.is_leaf(self._tier)
-
-
-def _name(block: Block) -> int:
-    return name_of(block.key, block.namespace.salt)

@@ -22,7 +22,7 @@ from kvstore.core.block import Block, Namespace
 
 Entry: TypeAlias = tuple[int, int, Block]  # stamp, number of the entry, block
 
-_SLACK_ENTRIES = 256
+SLACK_ENTRIES = 256
 
 
 class LeafLru:
@@ -52,8 +52,8 @@ class LeafLru:
 
     def offer(self, block: Block) -> None:
         """Give `block` an entry again, if it may be its turn."""
-        tier, mark = self._tier, self._mark
-        if not block.queued & mark and block.stands(tier, mark) and self._is_free(block, tier):
+        mark = self._mark
+        if not block.queued & mark and self._is_free(block, self._tier):
             block.queued |= mark
             heappush(self._heap, (block.touched, next(self._entry), block))
             self._compact()
@@ -80,7 +80,8 @@ class LeafLru:
         if parent is not None:
             if block.touched > parent.touched:
                 parent.touched = block.touched
-            self.offer(parent)
+            if parent.stands(self._tier, self._mark):
+                self.offer(parent)
         self._compact()
 
     def refer(self, namespace: Namespace, keys: bytes) -> None:
@@ -95,7 +96,8 @@ class LeafLru:
 
     def _compact(self) -> None:
         """Without pressure, entries that say nothing would pile up."""
-        if worth_compacting(len(self._heap), self._live, self._stale):
+        entries = len(self._heap)
+        if entries > SLACK_ENTRIES and worth_compacting(entries, self._live, self._stale):
             self._stale = 0
             self._heap = compacted(self._heap, self._mark, self._stands)
 
@@ -114,7 +116,7 @@ def drop_last(heap: list[Entry], block: Block, mark: int) -> bool:
 
 def worth_compacting(entries: int, live: int, stale: int) -> bool:
     """Whether half of the entries may go: so it costs a few steps for each block that came or went."""
-    return entries > 2 * live + _SLACK_ENTRIES or 2 * stale > entries + _SLACK_ENTRIES
+    return entries > 2 * live + SLACK_ENTRIES or 2 * stale > entries + SLACK_ENTRIES
 
 
 def compacted(heap: list[Entry], mark: int, stands: Callable[[Block], bool]) -> list[Entry]:

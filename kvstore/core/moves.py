@@ -92,7 +92,9 @@ class Moves:
         leaving warm. One that has something below hanging on it is not refused, for it could never leave.
         """
         residency = self._residency
-        wanted = wanted or any([child.saving or child.copies & COLD for child in block.children()])
+        wanted = wanted or (
+            block.below is not None and any(child.marks & SAVING or child.copies & COLD for child in block.children())
+        )
         if wanted:
             residency.reconsider(block.parent)
         elif (block.parent is not None and block.parent.spare & REFUSED) or not residency.admits_below(block):
@@ -102,10 +104,10 @@ class Moves:
     def _begin_save(self, block: Block) -> Copy:
         slot = block.slot
         assert slot is not None
-        block.saving = True
+        block.marks |= SAVING
         slot.pins += 1
-        self._under_way[_ref(block)] = slot_bytes(block)
-        self._under_way_bytes += slot_bytes(block)
+        nbytes = self._under_way[_ref(block)] = block.namespace.slot_bytes
+        self._under_way_bytes += nbytes
         return Copy(block, slot)
 
     def _closest_to_leave(self, count: int, crowded: Container[ClassKey]) -> list[Block]:
@@ -165,7 +167,7 @@ class Moves:
         """The cold tier has answered; None: it did not take the block. `lossy`: the checksum of a lossy copy."""
         residency = self._residency
         block = copy.block
-        block.saving = False
+        block.marks &= ~SAVING
         self._under_way_bytes -= self._under_way.pop(_ref(block))
         self._end(COLD, copy)
         residency.admission.settle(block.namespace.block_nbytes, stored_bytes or 0)
@@ -183,6 +185,7 @@ class Moves:
             residency.gain_below(block, COLD, stored_bytes)
             block.lossy = lossy
             self._trim_cold(block.namespace.tenant)
+            return  # it has been offered
         residency.orders.offer(block)
 
     def begin_promotions(self, count: int) -> list[Copy]:

@@ -79,11 +79,14 @@ class Orders:
 
     def remove(self, block: Block, tier: int) -> None:
         """Its copy in the tier has gone: what it hung on may be a leaf now, of whatever level."""
-        order = self._at(block, tier)
-        order.remove(block)
+        self._at(block, tier).remove(block)
         parent = block.parent
-        if parent is not None and parent.copies & tier and (above := self._at(parent, tier)) is not order:
-            above.offer(parent)
+        if (
+            parent is not None
+            and parent.copies & tier
+            and ((parent.spare ^ block.spare) & tier or parent.level != block.level)
+        ):
+            self._at(parent, tier).offer(parent)
 
     def touch(self, block: Block) -> None:
         """Note a use of the prefix that ends with `block`."""

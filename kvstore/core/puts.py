@@ -135,8 +135,9 @@ class Puts:
                 published.append(block)
         if plan.namespace.chain:
             # Only a leaf's stamp counts, and they hang on one another: one integer of 32 bytes for all.
+            stamp = published[-1].touched if published else 0
             for block in published:
-                block.touched = published[-1].touched
+                block.touched = stamp
         self._let_go(plan)
         self._count(plan.items)
 
@@ -167,9 +168,10 @@ class Puts:
         return block
 
     def _new_items(self, plan: PutPlan) -> list[PutItem]:
-        wanted = []
+        wanted, shards = [], plan.namespace.blocks.shards
         for item in plan.items:
-            if self._index.find(plan.namespace, item.key) is not None:
+            block = shards[item.key[0]].get(item.key)
+            if block is not None and block.present:
                 item.status = PutStatus.EXISTS
             else:
                 wanted.append(item)

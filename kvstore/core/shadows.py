@@ -76,7 +76,8 @@ class Shadow:
 
     def use(self, names: Sequence[int]) -> list[bool]:
         """Uses of blocks, one after another; returns for each whether it is a hit."""
-        once, again, ghosts, capacity, now = self._once, self._again, self._ghosts, self._capacity, self._now
+        once, again, ghosts, now = self._once, self._again, self._ghosts, self._now
+        capacity, ghosts_max = self._capacity, self._ghosts_max
         hits = []
         for name in names:
             now += 1
@@ -94,33 +95,30 @@ class Shadow:
                     del ghosts[name]
                 if len(once) + len(again) < capacity or self._make_room(known, now):
                     (again if known else once)[name] = now
-                else:
-                    self._note(name)
+                else:  # not let in
+                    ghosts[name] = None
+                    if len(ghosts) > ghosts_max:
+                        ghosts.popitem(last=False)
             hits.append(hit)
         self._now = now
         return hits
 
     def _make_room(self, known: bool, now: int) -> bool:
         """False where a new name would be the next to leave itself."""
-        once, again, capacity, bias = self._once, self._again, self._capacity, self._bias
+        once, again, ghosts, capacity, bias = self._once, self._again, self._ghosts, self._capacity, self._bias
         while (held := len(once) + len(again)) >= capacity:
             if self._closed and not known and held == capacity:
                 return False
             oldest = again[next(iter(again))] + bias if again and bias < FOREVER else FOREVER
             if once and (oldest >= FOREVER or once[next(iter(once))] <= oldest):
-                self._note(once.popitem(last=False)[0])
+                ghosts[once.popitem(last=False)[0]] = None
             elif known or oldest <= now:
-                self._note(again.popitem(last=False)[0])
+                ghosts[again.popitem(last=False)[0]] = None
             else:
                 return False
+            if len(ghosts) > self._ghosts_max:
+                ghosts.popitem(last=False)
         return True
-
-    def _note(self, name: int) -> None:
-        """It left, or was not let in."""
-        ghosts = self._ghosts
-        ghosts[name] = None
-        if len(ghosts) > self._ghosts_max:
-            ghosts.popitem(last=False)
 
 
 class Shadows:
