@@ -23,6 +23,7 @@ from kvstore_client.namespace import ASK_TIMEOUT_S, Mode, Namespace, acquire_gro
 from kvstore_client.rpc import RENEW
 from kvstore_client.session import Options, Session
 from kvstore_client.stats import get_stats
+from kvstore_client.terms import Priority, checked_terms
 
 ATTACH_TIMEOUT_S = 5.0
 STATS_TIMEOUT_S = 5.0
@@ -103,13 +104,23 @@ class Client:
         with contextlib.suppress(*(FAIL_OPEN_ERRORS if fail_open else ())):
             self._connection.run(lambda session, deadline_s: None, ATTACH_TIMEOUT_S)
 
-    def namespace(self, *, recompute_s_per_token: Recompute = 0.0, **fields: Unpack[NamespaceFields]) -> Namespace:
+    def namespace(
+        self,
+        *,
+        recompute_s_per_token: Recompute = 0.0,
+        priority: Priority | None = None,
+        ttl_s: float | None = None,
+        **fields: Unpack[NamespaceFields],
+    ) -> Namespace:
         """A namespace: all that must agree for two workers to share blocks.
 
         Args:
             recompute_s_per_token: what this worker needs to compute a token's KV, in seconds; or (a, b), where token t
                 of a prompt takes a + b * t. Then match() and acquire() promise only what is fetched quicker than that.
                 0: everything that is stored.
+            priority: "low", "normal" or "high": of one tenant's blocks those of lower priority leave first.
+            ttl_s: blocks are dropped that nobody used for so many seconds; 0: never. Both are the namespace's, not this
+                client's, and remembered by the daemon; None: as somebody else, or `kvctl set`, said.
             **fields: model (id) and revision; block_tokens (1..65536); layout (KVLayout of one block);
                 kind: "chain" (default: prefixes) or "set" (independent blocks);
                 shard: axis -> (rank, size) for tp, pp, dcp, …, or "all" (default);
@@ -127,7 +138,8 @@ class Client:
             spec = NamespaceSpec(**fields)
         except TypeError as error:
             raise InvalidRequest(f"namespace(): {str(error).removeprefix('NamespaceSpec.__init__() ')}") from error
-        namespace = Namespace(self._connection, spec, self._anchor, checked(recompute_s_per_token))
+        terms = checked_terms(priority, ttl_s)
+        namespace = Namespace(self._connection, spec, self._anchor, checked(recompute_s_per_token), terms)
 
         def open_it(session: Session, deadline_s: float) -> None:
             namespace.open_on(session, deadline_s)

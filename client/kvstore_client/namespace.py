@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
 from kvstore.protocol.errors import InternalError, InvalidRequest
 from kvstore.protocol.keys import KEY_BYTES, Extra, Keys, chain_keys
 from kvstore.protocol.namespace import CHAIN, NamespaceSpec
 from kvstore.v1 import kvstore_pb2 as pb
+from kvstore.v1 import types_pb2
 from kvstore_client._lazy import np
 from kvstore_client.benefit import Recompute, checked, worker_costs
 from kvstore_client.buffers import Wanted, block_buffers
@@ -46,9 +48,15 @@ class Namespace:
     """
 
     def __init__(
-        self, connection: Connection, spec: NamespaceSpec, anchor: object, recompute: tuple[float, float] = (0.0, 0.0)
+        self,
+        connection: Connection,
+        spec: NamespaceSpec,
+        anchor: object,
+        recompute: tuple[float, float] = (0.0, 0.0),
+        terms: types_pb2.NamespaceTerms | None = None,
     ) -> None:
         self.spec = spec
+        self._terms = terms
         self.recompute = recompute
         self.connection = connection
         self.anchor = anchor
@@ -206,7 +214,14 @@ class Namespace:
 
     # --- storing
 
-    def put(self, keys: Keys | bytes, blocks: Any, timeout_s: float = PUT_TIMEOUT_S) -> list[PutOutcome]:  # noqa: ANN401
+    def put(
+        self,
+        keys: Keys | bytes,
+        blocks: Any,  # noqa: ANN401
+        timeout_s: float = PUT_TIMEOUT_S,
+        *,
+        pin: bool = False,
+    ) -> list[PutOutcome]:
         """Store blocks.
 
         Args:
@@ -214,6 +229,8 @@ class Namespace:
             blocks: one contiguous (n, block_nbytes) uint8 array, or n-D array of the layout's item size whose first
                 axis is the block; or n buffers; or n lists of segments, each a buffer or (address, length).
             timeout_s: bound of the call; blocks whose turn came too late are REJECTED(DEADLINE).
+            pin: softly, once all are stored (or were already): they leave a tier when nothing else may, until
+                `kvctl unpin` of the last key, or until the daemon ends. In a set each block is pinned by itself.
 
         Returns:
             One outcome a block: STORED, EXISTS, or REJECTED(reason). In a chain all blocks after a rejected one are
@@ -231,7 +248,7 @@ class Namespace:
         tried: list[PutPipeline] = []
 
         def store(session: Session, deadline_s: float) -> list[PutOutcome]:
-            target = self._target(self.open_on(session, deadline_s))
+            target = replace(self._target(self.open_on(session, deadline_s)), pin=pin)
             if session.lacks_staging_for(self._block_nbytes):
                 return [REJECTED(RejectReason.QUOTA)] * len(named)
             pipeline = PutPipeline(session, target, len(named), deadline_s)
@@ -278,19 +295,19 @@ class Namespace:
             rows = np.empty((n, self._block_nbytes), np.uint8)
         return StagedBuffers(rows, self._put_staged, staged)
 
-    def _put_staged(self, buffers: StagedBuffers, keys: Keys, timeout_s: float) -> list[PutOutcome]:
+    def _put_staged(self, buffers: StagedBuffers, keys: Keys, timeout_s: float, pin: bool) -> list[PutOutcome]:
         if len(keys) > len(buffers):
             raise InvalidRequest(f"{len(keys)} keys for {len(buffers)} staged buffers")
         staged = buffers.staged
         if (
             staged is None or not staged.is_usable()
         ):  # the bytes are still there: copy them into the new session's staging
-            return self.put(keys, buffers.array[: len(keys)], timeout_s)
+            return self.put(keys, buffers.array[: len(keys)], timeout_s, pin=pin)
         if not len(keys):
             return []
 
         def store(_session: Session, deadline_s: float) -> list[PutOutcome]:
-            return staged.put(keys, deadline_s)
+            return staged.put(keys, deadline_s, pin)
 
         def unanswered() -> list[PutOutcome]:
             return [REJECTED(RejectReason.UNAVAILABLE)] * len(keys)
@@ -338,7 +355,7 @@ class Namespace:
         serial, digest = self._opened
         if serial != session.serial:
             digest = self.spec.digest(session.tenant)
-            session.open_namespace(self.spec, digest, deadline_s)
+            session.open_namespace(self.spec, digest, deadline_s, self._terms)
             self._opened = (session.serial, digest)
             self.connection.learn(digest, self.spec)
         return digest

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvstore.protocol.errors import InternalError, KVStoreError
@@ -44,11 +44,13 @@ class PutTarget:
         namespace: its digest.
         block_nbytes: size of a block.
         is_chain: whether a block without its parent is refused.
+        pin: whether they are to leave last, in a chain once all are stored.
     """
 
     namespace: bytes
     block_nbytes: int
     is_chain: bool
+    pin: bool = False
 
     @property
     def stride(self) -> int:
@@ -84,7 +86,12 @@ class Flight:
 
 
 def start_put(
-    session: Session, staging: Staging, target: PutTarget, place: Range, keys: Keys, deadline_s: float
+    session: Session,
+    staging: Staging,
+    target: PutTarget,
+    place: Range,
+    keys: Keys,
+    deadline_s: float,
 ) -> Flight:
     """Send a Put for blocks that lie at the front of a range.
 
@@ -102,6 +109,7 @@ def start_put(
         staging_stride=target.stride,
         checksums=checksums,
         block_nbytes=target.block_nbytes,
+        pin=target.pin,
     )
     pending = session.link.start(PUT, request, deadline_s)
     pending.on_late(lambda _: staging.give(place, is_suspect=True))
@@ -159,7 +167,10 @@ class PutPipeline:
                     self._staging.give(place)
                     break
                 part = keys[first : first + count]
-                flight = start_put(self._session, self._staging, self._target, place, part, self._deadline_s)
+                # In a chain the last block holds all others: a put that ends early is not pinned.
+                pin = self._target.pin and (first + count == self._count or not self._target.is_chain)
+                target = replace(self._target, pin=pin)
+                flight = start_put(self._session, self._staging, target, place, part, self._deadline_s)
             except BaseException:
                 self._staging.give(place)
                 raise

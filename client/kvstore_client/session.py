@@ -16,6 +16,7 @@ from kvstore.protocol.errors import DeadlineExceeded, InternalError, ProtocolMis
 from kvstore.protocol.frames import PROTOCOL_VERSION
 from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.v1 import kvstore_pb2 as pb
+from kvstore.v1 import types_pb2
 from kvstore_client._lazy import metadata
 from kvstore_client.address import Address
 from kvstore_client.benefit import CopyRate
@@ -124,13 +125,20 @@ class Session:
         """Whether the session has ended."""
         return self.lost_reason is not None or self.attach.is_lost
 
-    def open_namespace(self, spec: NamespaceSpec, digest: bytes, deadline_s: float) -> None:
-        """Make a namespace known to the daemon.
+    def open_namespace(
+        self,
+        spec: NamespaceSpec,
+        digest: bytes,
+        deadline_s: float,
+        terms: types_pb2.NamespaceTerms | None = None,
+    ) -> None:
+        """Make a namespace known to the daemon, and say how to treat it.
 
         Raises:
             InternalError: the daemon computes another digest, so keys made here would never meet.
         """
-        reply = self.link.call(OPEN_NAMESPACE, pb.OpenNamespaceRequest(spec=convert.to_proto(spec)), deadline_s)
+        request = pb.OpenNamespaceRequest(spec=convert.to_proto(spec), terms=terms)
+        reply = self.link.call(OPEN_NAMESPACE, request, deadline_s)
         if reply.namespace != digest or reply.block_nbytes != spec.block_nbytes:
             raise InternalError(
                 f"the daemon names this namespace {reply.namespace.hex()} with blocks of {reply.block_nbytes} bytes, "

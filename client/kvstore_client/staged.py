@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
@@ -39,7 +40,7 @@ class StagedRange:
         self._session.attach.check_peer()
         return not self._session.is_lost
 
-    def put(self, keys: Keys, deadline_s: float) -> list[PutOutcome]:
+    def put(self, keys: Keys, deadline_s: float, pin: bool) -> list[PutOutcome]:
         """Store the blocks at its front.
 
         Raises:
@@ -49,7 +50,7 @@ class StagedRange:
         place = self._place
         if place is None:
             raise InvalidRequest("an earlier put from these buffers was not answered in time; stage() new ones")
-        flight = start_put(self._session, self._staging, self._target, place, keys, deadline_s)
+        flight = start_put(self._session, self._staging, replace(self._target, pin=pin), place, keys, deadline_s)
         self._place = None
         try:
             statuses, reasons = flight.take(deadline_s)
@@ -65,7 +66,7 @@ class StagedRange:
             self._staging.give(place)
 
 
-Putter: TypeAlias = Callable[["StagedBuffers", Keys, float], list[PutOutcome]]
+Putter: TypeAlias = Callable[["StagedBuffers", Keys, float, bool], list[PutOutcome]]
 
 
 class StagedBuffers:
@@ -95,8 +96,8 @@ class StagedBuffers:
     def __iter__(self) -> Iterator[NDArray[np.uint8]]:
         return iter(self.array)
 
-    def put(self, keys: Keys | bytes, timeout_s: float = PUT_TIMEOUT_S) -> list[PutOutcome]:
-        """Store the first len(keys) buffers. They may be filled and put again afterwards.
+    def put(self, keys: Keys | bytes, timeout_s: float = PUT_TIMEOUT_S, *, pin: bool = False) -> list[PutOutcome]:
+        """Store the first len(keys) buffers, `pin` as in Namespace.put(). They may be filled and put again afterwards.
 
         Returns:
             One outcome a key: STORED, EXISTS, or REJECTED(reason).
@@ -107,7 +108,7 @@ class StagedBuffers:
         """
         if self._is_closed:
             raise InvalidRequest("these buffers were given back; call put() inside the stage() context")
-        return self._put(self, keys if isinstance(keys, Keys) else Keys.from_bytes(keys), timeout_s)
+        return self._put(self, keys if isinstance(keys, Keys) else Keys.from_bytes(keys), timeout_s, pin)
 
     def close(self) -> None:
         """Give the room back; idempotent."""

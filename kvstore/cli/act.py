@@ -1,14 +1,16 @@
-"""kvctl verbs that act: evict, flush, verify, compact, drain, log-level."""
+"""kvctl verbs that act: pin, unpin, set, evict, flush, verify, compact, drain, log-level."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import click
 
 from kvstore.cli import render
 from kvstore.cli.admin_client import AdminClient
+from kvstore.cli.look import parse_key_prefix, terms_text
 from kvstore.cli.options import EXIT_FAILED, Options
 from kvstore.cli.session import connected
 from kvstore.protocol.errors import DeadlineExceeded, InvalidRequest
@@ -23,13 +25,46 @@ _ANSWER_MARGIN_S = 5.0  # the daemon answers at its own time-out; ours must not 
 
 def evict(options: Options, tier: str, size: str) -> int:
     """Free `size` bytes of a tier."""
-    try:
-        nbytes = parse_size(size)
-    except ValueError as error:
-        raise InvalidRequest(str(error)) from error
+    nbytes = _parsed(size)
     with connected(options) as client:
         reply = client.call("Evict", pb.EvictRequest(tier=_TIERS[tier], bytes=nbytes), timeout_s=60.0)
     _tell(options, reply, f"evicted {reply.blocks} blocks, {format_size(reply.bytes)}, from {tier}")
+    return 0
+
+
+def pin(options: Options, key: str, *, pinned: bool) -> int:
+    """Pin a block softly, or unpin it; `key` in hex, an even number of digits of it are sent."""
+    digits = parse_key_prefix(key)
+    if len(digits) % 2:
+        raise InvalidRequest(f"{key!r} has an odd number of hex digits; give one more or one less")
+    with connected(options) as client:
+        reply = client.call("Pin", pb.PinRequest(key=bytes.fromhex(digits), unpin=not pinned))
+    _tell(options, reply, f"{'pinned' if pinned else 'unpinned'} {reply.key.hex()}")
+    return 0
+
+
+def set_terms(
+    options: Options, namespace: str, priority: str | None, ttl_s: float | None, sizes: Mapping[str, str | None]
+) -> int:
+    """Say how a namespace is treated; what is None stays as it is."""
+    terms = types_pb2.NamespaceTerms()
+    if priority is not None:
+        terms.priority = types_pb2.Priority.Value(f"PRIORITY_{priority.upper()}")
+    if ttl_s is not None:
+        terms.ttl_ms = math.ceil(ttl_s * 1000)
+    for name, size in sizes.items():
+        if size is not None:
+            setattr(terms, name, _parsed(size))
+    digits = parse_key_prefix(namespace)
+    with connected(options) as client:
+        known = client.call("ListNamespaces", pb.ListNamespacesRequest()).namespaces
+        found = [item.namespace for item in known if item.namespace.hex().startswith(digits)]
+        if len(found) != 1:
+            raise InvalidRequest(
+                f"{len(found)} namespaces begin with {digits}; `kvctl namespaces` lists those there are"
+            )
+        reply = client.call("SetTerms", pb.SetTermsRequest(namespace=found[0], terms=terms))
+    _tell(options, reply, f"namespace {found[0].hex()[:12]}: {terms_text(reply.terms)}")
     return 0
 
 
@@ -110,6 +145,13 @@ def log_level(options: Options, level: str) -> int:
         reply = client.call("SetLogLevel", pb.SetLogLevelRequest(level=level.lower()))
     _tell(options, reply, f"log level is {reply.level}")
     return 0
+
+
+def _parsed(size: str) -> int:
+    try:
+        return parse_size(size)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
 
 
 def _tell(options: Options, reply: object, sentence: str) -> None:

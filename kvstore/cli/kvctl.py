@@ -89,6 +89,44 @@ def inspect(options: Options, key: str) -> int:
     return look.inspect(options, key)
 
 
+@verb(main, "pin")
+@click.argument("key")
+def pin(options: Options, key: str) -> int:
+    """Have the block KEY (hex), and the prefix that it ends, leave a tier last, until the daemon ends."""
+    from kvstore.cli import act
+
+    return act.pin(options, key, pinned=True)
+
+
+@verb(main, "unpin")
+@click.argument("key")
+def unpin(options: Options, key: str) -> int:
+    """Let the block KEY (hex) leave as any other."""
+    from kvstore.cli import act
+
+    return act.pin(options, key, pinned=False)
+
+
+@verb(main, "set")
+@click.argument("namespace")
+@click.option("--priority", type=click.Choice(["low", "normal", "high"]), help="Of a tenant's blocks low leaves first.")
+@click.option("--ttl", metavar="SECONDS", type=click.FloatRange(0), help="Drop what nobody used for so long; 0: never.")
+@click.option("--warm-bytes", metavar="SIZE", help="That it may hold in warm; 0: as much as its tenant.")
+@click.option("--cold-bytes", metavar="SIZE", help="And in cold, as stored.")
+def set_terms(
+    options: Options,
+    namespace: str,
+    priority: str | None,
+    ttl: float | None,
+    warm_bytes: str | None,
+    cold_bytes: str | None,
+) -> int:
+    """Treat NAMESPACE (hex, as `kvctl namespaces` shows it) like this from now on, also after a restart."""
+    from kvstore.cli import act
+
+    return act.set_terms(options, namespace, priority, ttl, {"warm_bytes": warm_bytes, "cold_bytes": cold_bytes})
+
+
 @verb(main, "evict")
 @click.argument("tier", type=_TIER)
 @click.argument("size")

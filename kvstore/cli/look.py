@@ -13,6 +13,7 @@ from kvstore.cli.session import connected
 from kvstore.cli.status import status_screen
 from kvstore.protocol.errors import InvalidRequest
 from kvstore.v1 import admin_pb2 as pb
+from kvstore.v1 import types_pb2
 
 TIERS = ("hot", "warm", "cold")
 _KEY_DIGITS = 64
@@ -136,11 +137,27 @@ def namespaces(options: Options) -> int:
             item.spec.block_tokens,
             render.size(item.block_nbytes),
             item.blocks,
+            render.size(item.warm_bytes),
+            render.size(item.cold_bytes),
             item.epoch,
+            terms_text(item.terms),
         )
         for item in found
     ]
-    headings = ("namespace", "tenant", "model", "revision", "shard", "tokens", "block", "blocks", "epoch")
+    headings = (
+        "namespace",
+        "tenant",
+        "model",
+        "revision",
+        "shard",
+        "tokens",
+        "block",
+        "blocks",
+        "warm",
+        "cold",
+        "epoch",
+        "terms",
+    )
     render.console().print(render.table(headings, rows))
     return 0
 
@@ -190,6 +207,19 @@ def inspect(options: Options, key: str) -> int:
         click.echo(f"kvctl: no block here has a key that begins with {digits}", err=True)
         return EXIT_FAILED
     return 0
+
+
+def terms_text(terms: types_pb2.NamespaceTerms) -> str:
+    """How a namespace is treated, in words."""
+    said = [types_pb2.Priority.Name(terms.priority).removeprefix("PRIORITY_").lower()] if terms.priority else []
+    if terms.ttl_ms:
+        said.append(f"ttl {render.duration(terms.ttl_ms)}")
+    said += [
+        f"{tier} ≤ {render.size(limit)}"
+        for tier, limit in (("warm", terms.warm_bytes), ("cold", terms.cold_bytes))
+        if limit
+    ]
+    return ", ".join(said) or "normal"
 
 
 def parse_key_prefix(text: str) -> str:

@@ -12,6 +12,7 @@ from kvstore.core.numbers import numbers
 from kvstore.core.slots import Slot
 
 if TYPE_CHECKING:
+    from kvstore.core.own import OwnOrder
     from kvstore.core.policy import EvictionPolicy
 
 
@@ -36,6 +37,7 @@ SPARE, LOW, NORMAL, HIGH, PINNED = range(5)
 # The usual level has the lowest bits: numbers up to 256 are no objects of their own in memory.
 _UNITS = (8, 64, 1, 512, 4096)  # by level
 MARKS = tuple(tuple(tier * unit for unit in _UNITS) for tier in range(COLD + 1))  # by tier and level, as mark_of
+_OWN_UNIT = 32768  # of the order that a namespace with a limit of its own has beside
 
 
 # Bits of Block.marks.
@@ -159,7 +161,9 @@ class Block:
 
     def stands(self, tier: int, mark: int) -> bool:
         """Whether it belongs into the order of a tier that has this mark."""
-        return self.copies & tier != 0 and tier * _UNITS[SPARE if self.spare & tier else self.level] == mark
+        return self.copies & tier != 0 and (
+            tier * _UNITS[SPARE if self.spare & tier else self.level] == mark or mark >= _OWN_UNIT
+        )
 
     @property
     def first_child(self) -> Block | None:
@@ -235,7 +239,7 @@ class Block:
         return bool(self.copies) and not self.marks & ORPHAN
 
 
-_SHARDS = 256
+SHARDS = 256
 
 
 class Blocks:
@@ -248,7 +252,7 @@ class Blocks:
     __slots__ = ("shards",)
 
     def __init__(self) -> None:
-        self.shards: list[dict[bytes, Block]] = [{} for _ in range(_SHARDS)]
+        self.shards: list[dict[bytes, Block]] = [{} for _ in range(SHARDS)]
 
     def __getitem__(self, key: bytes) -> Block:
         return self.shards[key[0]][key]
@@ -297,6 +301,7 @@ class Namespace:
     level: int = NORMAL  # of its new blocks: LOW, NORMAL or HIGH
     blocks: Blocks = field(default_factory=Blocks)
     orders: dict[int, EvictionPolicy] = field(default_factory=dict)  # those that its blocks stand in, by mark
+    own: dict[int, OwnOrder] = field(default_factory=dict)  # by tier in which it has a limit of its own
     salt: int = field(init=False)  # tells equal keys of two namespaces apart; its lowest eight bits are 0
 
     def __post_init__(self) -> None:
@@ -311,3 +316,8 @@ def level_of(block: Block, tier: int) -> int:
 def mark_of(tier: int, level: int) -> int:
     """The bit of a tier and level in `queued`."""
     return tier * _UNITS[level]
+
+
+def own_mark_of(tier: int) -> int:
+    """The bit in `queued` of a namespace's own order in a tier."""
+    return tier * _OWN_UNIT

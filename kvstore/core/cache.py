@@ -19,6 +19,7 @@ from kvstore.core.reads import Reads, ReadSettings
 from kvstore.core.residency import Limits, Residency
 from kvstore.core.slabs import SlabAllocator, SlotRef
 from kvstore.core.slots import SlotTable
+from kvstore.core.terms import TermsKeeper
 from kvstore.protocol.errors import InvalidRequest, NotFound
 from kvstore.protocol.slab import slab_target_bytes, slot_bytes_for
 
@@ -71,6 +72,7 @@ class BlockCache:
         self.reads = Reads(self.index, self.residency, config.lease_ttl_s, settings)
         self.moves = Moves(self.residency, self.reads)
         self.gate = BenefitGate(self.index, self.residency, self.reads)
+        self.terms = TermsKeeper(self.residency)
 
     # -- namespaces -------------------------------------------------------------------------------------------
 
@@ -136,16 +138,19 @@ class BlockCache:
             block.checksum = record.checksum
             block.lossy = record.checksum if record.lossy else b""
             self.residency.stamp(block)
-            self.residency.gain_below(block, COLD, record.stored_bytes)
+            self.residency.count_below(block, COLD, record.stored_bytes)
 
     def recovered(self, namespace: Namespace) -> None:
         """All records of the namespace have been entered."""
         self.index.settle(namespace)
+        for block in namespace.blocks.values():  # not one by one: a leaf is known only now
+            if block.copies:
+                self.residency.orders.insert(block, COLD)
 
     def trim(self, tier: int) -> None:
         """Drop what is over the tier's capacity or over a tenant's limit: after a restart either may be smaller."""
-        for tenant in list(self.residency.budgets[tier].by_tenant):
-            self.residency.make_room_below(tier, tenant, 0)
+        for namespace in list(self.residency.budgets[tier].by_namespace):
+            self.residency.make_room_below(tier, namespace, 0)
 
     # -- admin ------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from collections.abc import Container
 from itertools import chain, islice
 from typing import NamedTuple
 
-from kvstore.core.block import COLD, HOT, REFUSED, SAVING, WARM, Block, Blocks
+from kvstore.core.block import COLD, HOT, REFUSED, SAVING, WARM, Block, Blocks, Namespace
 from kvstore.core.lending import ClassKey
 from kvstore.core.reads import Reads
 from kvstore.core.residency import BelowRef, Residency, slot_bytes
@@ -184,7 +184,7 @@ class Moves:
             block.lossy = lossy
             residency.gain_below(block, COLD, stored_bytes)
             block.lossy = lossy
-            self._trim_cold(block.namespace.tenant)
+            self._trim_cold(block.namespace)
             return  # it has been offered
         residency.orders.offer(block)
 
@@ -252,22 +252,22 @@ class Moves:
 
     def _reserve(self, tier: int, block: Block) -> bool:
         """Make room for a copy and count it at once, so that a batch cannot take the same room twice."""
-        tenant, nbytes = block.namespace.tenant, block.namespace.block_nbytes
-        if not self._residency.make_room_below(tier, tenant, nbytes, spare_ahead=tier == COLD):
+        namespace, nbytes = block.namespace, block.namespace.block_nbytes
+        if not self._residency.make_room_below(tier, namespace, nbytes, spare_ahead=tier == COLD):
             return False
-        self._residency.budgets[tier].add(tenant, nbytes)
+        self._residency.budgets[tier].add(namespace, nbytes)
         return True
 
-    def _trim_cold(self, tenant: str) -> None:
+    def _trim_cold(self, namespace: Namespace) -> None:
         """What was stored may take more than its raw bytes, for which there was room."""
         make_room = self._residency.make_room_below
-        if self._residency.budgets[COLD].missing(tenant, 0) and not make_room(COLD, tenant, 0, spare_ahead=True):
-            make_room(COLD, tenant, 0)
+        if self._residency.budgets[COLD].missing(namespace, 0) and not make_room(COLD, namespace, 0, spare_ahead=True):
+            make_room(COLD, namespace, 0)
 
     def _end(self, tier: int, copy: Copy) -> None:
         namespace = copy.block.namespace
         self._residency.slots.unpin(copy.slot)
-        self._residency.budgets[tier].remove(namespace.tenant, namespace.block_nbytes)
+        self._residency.budgets[tier].remove(namespace, namespace.block_nbytes)
 
 
 def _ref(block: Block) -> BelowRef:

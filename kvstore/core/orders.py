@@ -8,6 +8,7 @@ level has an order of its own, and the lowest level leaves first, whatever its a
     PINNED    softly pinned by an operator or a put: leaves when nothing else may
 
 An order never sees a block of another level: what moves is removed from one order and inserted into the other.
+Only a namespace that has a limit of its own has an order beside these (core.own), whatever the level.
 """
 
 from __future__ import annotations
@@ -76,10 +77,14 @@ class Orders:
     def insert(self, block: Block, tier: int) -> None:
         """The block gained a copy in the tier."""
         self._at(block, tier).insert(block)
+        if block.namespace.own and tier in block.namespace.own:
+            block.namespace.own[tier].insert(block)
 
     def remove(self, block: Block, tier: int) -> None:
         """Its copy in the tier has gone: what it hung on may be a leaf now, of whatever level."""
         self._at(block, tier).remove(block)
+        if block.namespace.own and tier in block.namespace.own:
+            block.namespace.own[tier].remove(block)
         parent = block.parent
         if (
             parent is not None
@@ -102,6 +107,10 @@ class Orders:
                 level = SPARE if spare & tier else block.level
                 if not queued & MARKS[tier][level]:
                     (namespace.orders.get(MARKS[tier][level]) or self.of(namespace, tier, level)).offer(block)
+        if namespace.own:
+            for tier, own in namespace.own.items():
+                if copies & tier:
+                    own.offer(block)
 
     def set_spare(self, block: Block, tier: int, spare: bool) -> None:
         """Say whether its copy in a tier is the first to go."""
@@ -139,16 +148,25 @@ class Orders:
         """The block to leave next in the place where the namespace's blocks are."""
         return _first(self._places[tier].get(_place(namespace, tier), {}), allowed)
 
+    def own_victim(self, namespace: Namespace, tier: int, allowed: Allowed) -> Block | None:
+        """The block to leave next where the namespace itself has to make room, for it has a limit of its own."""
+        own = namespace.own.get(tier)
+        return own.victim(allowed) if own is not None else None
+
     def oldest(
         self, tier: int, allowed: Allowed, tenants: Collection[str] | None = None, level_min: int = SPARE
     ) -> Block | None:
-        """The block to leave next in all places of a tier, or of some tenants there: lowest level, then last use."""
+        """The block to leave next in all places of a tier, or of some tenants there.
+
+        In a place the lowest level goes first; between places only age counts, but for what is spare or pinned: one
+        tenant's priorities are no burden on another.
+        """
         chosen: Block | None = None
         for place, levels in self._places[tier].items():
             victim = _first(levels, allowed, level_min) if tenants is None or place.tenant in tenants else None
             if chosen is None or (
                 victim is not None
-                and (level_of(victim, tier), victim.touched) < (level_of(chosen, tier), chosen.touched)
+                and (_RANKS[level_of(victim, tier)], victim.touched) < (_RANKS[level_of(chosen, tier)], chosen.touched)
             ):
                 chosen = victim
         return chosen
@@ -168,6 +186,9 @@ class Orders:
         if level != namespace.level:
             return level < namespace.level
         return self.of(namespace, tier, level).admits(namespace, key, victim)
+
+
+_RANKS = (0, 1, 1, 1, 2)  # of levels, between places
 
 
 def _anywhere(block: Block, tier: int) -> bool:

@@ -14,6 +14,7 @@ from kvstore.core.block import COLD, WARM, Block, Namespace
 from kvstore.core.index import Index
 from kvstore.core.residency import Residency
 from kvstore.core.slots import Slot
+from kvstore.core.terms import pin
 
 
 class PutStatus(IntEnum):
@@ -59,6 +60,7 @@ class PutPlan:
 
     namespace: Namespace
     epoch: int
+    pin: bool = False
     items: list[PutItem] = field(default_factory=list)
     held: Slot | None = None  # of the deepest block that is stored already
 
@@ -73,9 +75,12 @@ class Puts:
         self.exists = 0
         self.rejected: dict[Reject, int] = {}
 
-    def begin(self, namespace: Namespace, parent: bytes, keys: Sequence[bytes]) -> PutPlan:
-        """Settle what can be settled without the bytes, and take slots for the rest, in order."""
-        plan = PutPlan(namespace, namespace.epoch)
+    def begin(self, namespace: Namespace, parent: bytes, keys: Sequence[bytes], pin: bool = False) -> PutPlan:
+        """Settle what can be settled without the bytes, and take slots for the rest, in order.
+
+        `pin`: once all are stored, the last one is pinned softly, which holds the others; in a set each that is stored.
+        """
+        plan = PutPlan(namespace, namespace.epoch, pin)
         known = {b""} if not parent or self._index.find(namespace, parent) else set()
         for key in keys:
             plan.items.append(PutItem(key, parent if namespace.chain else b""))
@@ -109,7 +114,7 @@ class Puts:
         if refused:
             self._refuse(plan, wanted[len(slots)], Reject.NOT_ADMITTED)
         elif len(slots) < len(wanted):
-            limited = self._residency.budgets[WARM].over_own_limit(namespace.tenant, namespace.slot_bytes)
+            limited = self._residency.budgets[WARM].over_limit(namespace, namespace.slot_bytes)
             self._refuse(plan, wanted[len(slots)], Reject.QUOTA if limited else Reject.NO_ROOM)
 
     def cancel(self, plan: PutPlan) -> None:
@@ -138,8 +143,19 @@ class Puts:
             stamp = published[-1].touched if published else 0
             for block in published:
                 block.touched = stamp
+        if plan.pin and not stale:
+            self._pin(plan)
         self._let_go(plan)
         self._count(plan.items)
+
+    def _pin(self, plan: PutPlan) -> None:
+        kept = [item for item in plan.items if item.status is not PutStatus.REJECTED]
+        if plan.namespace.chain:
+            kept = kept[-1:] if len(kept) == len(plan.items) else []
+        for item in kept:
+            block = self._index.find(plan.namespace, item.key)
+            if block is not None:
+                pin(self._residency, block, pinned=True)
 
     def _publish(self, namespace: Namespace, item: PutItem, slot: Slot) -> Block | None:
         """Returns the block, if it was stored."""

@@ -86,12 +86,12 @@ class Reads:
         return self._by_tier(namespace, keys, found)
 
     def match(self, namespace: Namespace, keys: bytes) -> MatchResult:
-        """Longest stored prefix of packed keys; pins nothing, touches its leaf."""
+        """Longest stored prefix of packed keys; pins nothing, notes the use."""
         found = self.stored_prefix(namespace, keys)
         self.match_lookups += len(keys) // KEY_BYTES
         self.match_hit_blocks += found
-        if found:
-            self._residency.touch(namespace.blocks[keys[(found - 1) * KEY_BYTES : found * KEY_BYTES]])
+        for i in range(max(0, found - 1) if namespace.chain else 0, found):
+            self._residency.touch(namespace.blocks[keys[i * KEY_BYTES : (i + 1) * KEY_BYTES]])
         return self._by_tier(namespace, keys, found)
 
     def _by_tier(self, namespace: Namespace, keys: bytes, found: int) -> MatchResult:
@@ -171,7 +171,7 @@ class Reads:
         for part, group in zip(parts, groups, strict=True):
             start = part.first_block * KEY_BYTES
             self._residency.refer(part.namespace, group.keys[start : start + len(part.blocks) * KEY_BYTES])
-            self._residency.touch(part.blocks[-1])
+            self._touch(part)
             self._note_hits(part.blocks)
             self.hit_blocks += len(part.blocks)
         return self.leases.open(session_id, tenant, parts, tokens, now_s)
@@ -197,7 +197,7 @@ class Reads:
             self._residency.foresee(block)
             self.loads.append(block)
             self._await(block)
-        self._residency.touch(part.blocks[-1], reused=False)
+        self._touch(part, reused=False)
         for slot in held:
             self._residency.slots.unpin(slot)
         for block in part.blocks:
@@ -284,6 +284,11 @@ class Reads:
         if group.last:
             return LeasePart(namespace, stop - 1, [namespace.blocks[keys[-KEY_BYTES:]]], [])
         return LeasePart(namespace, 0, self._index.prefix_blocks(namespace, keys), [])
+
+    def _touch(self, part: LeasePart, reused: bool = True) -> None:
+        """A use of a prefix is one of its last block; in a set nothing hangs on another."""
+        for block in part.blocks[-1:] if part.namespace.chain else part.blocks:
+            self._residency.touch(block, reused)
 
     def _pin(self, part: LeasePart) -> list[Slot | None]:
         """Pin the slots that a part's blocks have; returns one entry a block."""
@@ -376,7 +381,7 @@ class Reads:
 
     def _note_short(self, namespace: Namespace, slots: int) -> None:
         """Room of other classes would help, unless it is the tenant's own limit that stands in the way."""
-        if not self._residency.budgets[WARM].over_own_limit(namespace.tenant, namespace.slot_bytes):
+        if not self._residency.budgets[WARM].over_limit(namespace, namespace.slot_bytes):
             self.short[namespace] = slots
 
     def _unpin_slots(self, slots: Sequence[Slot]) -> bool:

@@ -20,7 +20,7 @@ from kvstore.core.lending import ClassKey, Lending
 from kvstore.core.orders import Orders
 from kvstore.core.policy import PolicyFactory
 from kvstore.core.slabs import SlabAllocator
-from kvstore.core.slots import Slot, SlotState, SlotTable
+from kvstore.core.slots import Owner, Slot, SlotState, SlotTable
 
 _ANY_AGE = 1 << 62
 _DEMAND_FADES = 64  # calls
@@ -144,7 +144,7 @@ class Residency:
     # -- warm -------------------------------------------------------------------------------------------------
 
     def take(
-        self, namespace: Namespace, wanted: int, owner: object, keys: Sequence[bytes] = (), older_than: int = _ANY_AGE
+        self, namespace: Namespace, wanted: int, owner: Owner, keys: Sequence[bytes] = (), older_than: int = _ANY_AGE
     ) -> Taken:
         """Up to `wanted` slots in FILLING, dropping unpinned blocks of the same size class where none is free.
 
@@ -157,11 +157,11 @@ class Residency:
         settled = 1 << 62
         while len(found) < wanted:
             missing = wanted - len(found)
-            over = budget.missing(namespace.tenant, missing * namespace.slot_bytes)
+            over = budget.missing(namespace, missing * namespace.slot_bytes)
             room = missing - -(-over // namespace.slot_bytes)
             refs = self.allocator.take(namespace.tenant, namespace.slot_bytes, room) if room > 0 else []
             found.extend(self.slots.fill(refs, owner))
-            budget.add(namespace.tenant, len(refs) * namespace.slot_bytes)
+            budget.add(namespace, len(refs) * namespace.slot_bytes)
             if refs or (room > 0 and self.grow(namespace.tenant, namespace.slot_bytes)):
                 continue
             made, refused = self._make_way(namespace, missing, keys[len(found) :], older_than)
@@ -176,12 +176,13 @@ class Residency:
         """Drop up to `blocks` warm blocks for as many new ones; returns how many, and whether a new one was refused."""
         orders, allowed, place = self.orders, self.may_leave_warm, (namespace.tenant, namespace.slot_bytes)
         for done in range(blocks):
-            victim = orders.victim(namespace, WARM, allowed)
-            if victim is None and self.budgets[WARM].over_own_limit(namespace.tenant, namespace.slot_bytes):
+            own = self.budgets[WARM].over_namespace_limit(namespace, (done + 1) * namespace.slot_bytes)
+            victim = (orders.own_victim if own else orders.victim)(namespace, WARM, allowed)
+            if victim is None and self.budgets[WARM].over_tenant_limit(namespace, namespace.slot_bytes) and not own:
                 # What it is over by may lie in other classes.
                 victim = orders.oldest(WARM, allowed, (namespace.tenant,))
             refused = victim is not None and bool(keys) and not orders.admits(namespace, keys[done], victim, WARM)
-            if victim is None and older_than == _ANY_AGE and self.lending.force(namespace):
+            if victim is None and older_than == _ANY_AGE and not own and self.lending.force(namespace):
                 continue
             if victim is None or refused or victim.touched >= older_than:
                 if keys and not done:
@@ -343,8 +344,8 @@ class Residency:
         return block.copies != WARM or block.below is None
 
     def _slot_freed(self, slot: Slot) -> None:
-        slab = self.allocator.slab(slot.slab_id)
-        self.budgets[WARM].remove(slab.tenant, slab.geometry.slot_bytes)
+        namespace = slot.owner.namespace
+        self.budgets[WARM].remove(namespace, namespace.slot_bytes)
 
     def abandon(self, slot: Slot) -> None:
         """A filler failed."""
@@ -354,18 +355,22 @@ class Residency:
 
     def gain_below(self, block: Block, tier: int, stored_bytes: int) -> None:
         """The block has a copy in HOT or COLD that takes `stored_bytes` there."""
-        assert not block.copies & tier
         if tier == COLD and block.copies & WARM:
             self._clean(block)
+        self.count_below(block, tier, stored_bytes)
+        self.orders.insert(block, tier)
+        if block.copies != tier:  # it may leave another tier now
+            self.orders.offer(block)
+
+    def count_below(self, block: Block, tier: int, stored_bytes: int) -> None:
+        """As gain_below, but for the order, into which it must be inserted before anything else happens."""
+        assert not block.copies & tier
         block.copies |= tier
         if tier == COLD:
             block.stored_bytes = stored_bytes
             self.raw_cold_bytes += block.namespace.block_nbytes
-        self.budgets[tier].add(block.namespace.tenant, stored_bytes)
+        self.budgets[tier].add(block.namespace, stored_bytes)
         self.counts[tier].blocks += 1
-        self.orders.insert(block, tier)
-        if block.copies != tier:  # it may leave another tier now
-            self.orders.offer(block)
 
     def drop_below(self, block: Block, tier: int, delete: bool = True) -> None:
         """A copy in HOT or COLD goes; `delete` says that the medium still has it."""
@@ -375,7 +380,7 @@ class Residency:
         if tier == COLD:
             block.stored_bytes = 0
             self.raw_cold_bytes -= block.namespace.block_nbytes
-        self.budgets[tier].remove(block.namespace.tenant, stored)
+        self.budgets[tier].remove(block.namespace, stored)
         self.counts[tier].blocks -= 1
         if delete:
             self.deletes[tier].append((block.namespace.digest, block.key))
@@ -392,31 +397,36 @@ class Residency:
     def admits_below(self, block: Block) -> bool:
         """Whether the block is worth a place in cold, where its order says so once that is full."""
         budget, namespace = self.budgets[COLD], block.namespace
-        if block.reused or not budget.missing(namespace.tenant, namespace.block_nbytes):
+        if block.reused or not budget.missing(namespace, namespace.block_nbytes):
             return True  # as long as there is room the drive is written once, and second uses may come late
         if not self.admission.admits_first_use():
             return False
-        victim = self._victim_below(COLD, (namespace.tenant,), spare_ahead=True)
+        own = budget.over_namespace_limit(namespace, namespace.block_nbytes)
+        victim = self._victim_below(COLD, namespace if own else (namespace.tenant,), spare_ahead=True)
         if victim is None or self.orders.admits(namespace, block.key, victim, COLD):
             return True
         self.orders.of(namespace, COLD, namespace.level).refuse(namespace, (block.key,))
         self.admission.counts.refused_order += 1
         return False
 
-    def make_room_below(self, tier: int, tenant: str, nbytes: int, spare_ahead: bool = False) -> bool:
+    def make_room_below(self, tier: int, namespace: Namespace, nbytes: int, spare_ahead: bool = False) -> bool:
         """Drop copies of HOT or COLD until `nbytes` fit; False where they cannot.
 
         `spare_ahead` leaves alone what was saved while it is in warm still: to save one warm block in place of another
         gains nothing, and a cold tier smaller than the warm one would be written over and over without end.
         """
-        budget = self.budgets[tier]
-        while budget.missing(tenant, nbytes):
-            if not budget.fits(tenant, nbytes):
+        budget, tenant = self.budgets[tier], namespace.tenant
+        while budget.missing(namespace, nbytes):
+            if not budget.fits(namespace, nbytes):
                 return False  # all would leave for nothing
-            # Over the tenant's own limit only its own blocks make room.
-            own = budget.over_own_limit(tenant, nbytes)
-            for payer in [tenant] if own else payers(budget.by_tenant, budget.capacity_bytes, tenant, nbytes):
-                block = self._victim_below(tier, (payer,), spare_ahead)
+            # Over a limit of its own only its own blocks make room.
+            asked: list[Namespace | tuple[str]] = [(tenant,)]
+            if budget.over_namespace_limit(namespace, nbytes):
+                asked = [namespace]
+            elif not budget.over_tenant_limit(namespace, nbytes):
+                asked = [(payer,) for payer in payers(budget.by_tenant, budget.capacity_bytes, tenant, nbytes)]
+            for payer in asked:
+                block = self._victim_below(tier, payer, spare_ahead)
                 if block is not None:
                     self.evict_below(block, tier)
                     break
@@ -424,15 +434,19 @@ class Residency:
                 return False
         return True
 
-    def _victim_below(self, tier: int, tenants: Collection[str] | None, spare_ahead: bool) -> Block | None:
-        if spare_ahead:
-            return self.orders.oldest(
-                tier, lambda block: self._may_leave_below(block, tier) and not self._spare(block), tenants
-            )
-        for block in self._spared:
-            self.orders.offer(block)
-        self._spared.clear()
-        return self.orders.oldest(tier, lambda block: self._may_leave_below(block, tier), tenants)
+    def _victim_below(self, tier: int, of: Namespace | Collection[str] | None, spare_ahead: bool) -> Block | None:
+        """The next to leave of a namespace, of some tenants, or of all."""
+        if not spare_ahead:
+            for block in self._spared:
+                self.orders.offer(block)
+            self._spared.clear()
+
+        def allowed(block: Block) -> bool:
+            return self._may_leave_below(block, tier) and not (spare_ahead and self._spare(block))
+
+        if isinstance(of, Namespace):
+            return self.orders.own_victim(of, tier, allowed)
+        return self.orders.oldest(tier, allowed, of)
 
     def _spare(self, block: Block) -> bool:
         if not block.copies & WARM or block.spare & COLD:
@@ -445,6 +459,16 @@ class Residency:
         self.counts[tier].evictions += 1
         self.drop_below(block, tier)
         self.index.lost(block)
+
+    def evict_own(self, namespace: Namespace, tier: int) -> bool:
+        """Drop a copy of a namespace that has a limit of its own in WARM or COLD; False where none may go."""
+        if tier == WARM:
+            block = self.orders.own_victim(namespace, WARM, self.may_leave_warm)
+        else:
+            block = self._victim_below(tier, namespace, spare_ahead=False)
+        if block is not None:
+            self.evict_warm(block) if tier == WARM else self.evict_below(block, tier)
+        return block is not None
 
     def oldest_below(self, tier: int) -> Block | None:
         """The block whose copy in HOT or COLD would leave next."""

@@ -18,8 +18,12 @@ from enum import IntEnum
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
+from typing import TYPE_CHECKING, Protocol
 
 from kvstore.core.slabs import SlabAllocator, SlotRef
+
+if TYPE_CHECKING:
+    from kvstore.core.block import Namespace
 
 # A third of what SlotRef(a, b) costs, three times for every block that comes and goes.
 _slot_ref = partial(tuple.__new__, SlotRef)
@@ -35,18 +39,26 @@ class SlotState(IntEnum):
     RETIRING = 3
 
 
+class Owner(Protocol):
+    """Who fills a slot, or the block that lies in it."""
+
+    @property
+    def namespace(self) -> Namespace:
+        """Whose bytes they are."""
+
+
 class Slot:
     """A slot that is not FREE. Slots that were filled together share `base`: an integer takes 32 bytes."""
 
     __slots__ = ("base", "index", "owner", "pins", "slab_id", "state")
 
-    def __init__(self, ref: SlotRef, base: int, owner: object) -> None:
+    def __init__(self, ref: SlotRef, base: int, owner: Owner) -> None:
         self.slab_id = ref.slab_id
         self.index = ref.slot
         self.base = base
         self.state = SlotState.FILLING
         self.pins = 0
-        self.owner: object = owner  # a Block once READY
+        self.owner = owner  # a Block once READY
 
     @property
     def ref(self) -> SlotRef:
@@ -71,7 +83,7 @@ class SlotTable:
         self.filling = 0  # number of slots that are FILLING
         self.freed: Callable[[Slot], None] | None = None  # told after a slot became FREE
 
-    def fill(self, refs: Sequence[SlotRef], owner: object) -> list[Slot]:
+    def fill(self, refs: Sequence[SlotRef], owner: Owner) -> list[Slot]:
         """FREE to FILLING. The generation is settled now, so that a lease can be promised it before it is readable."""
         found: list[Slot] = []
         for slab_id, together in groupby(refs, _SLAB_ID):
@@ -87,7 +99,7 @@ class SlotTable:
         self.filling += len(found)
         return found
 
-    def publish(self, slot: Slot, owner: object) -> None:
+    def publish(self, slot: Slot, owner: Owner) -> None:
         """FILLING to READY: the filler has answered that every byte is there."""
         assert slot.state is SlotState.FILLING, f"publish of a slot that is {slot.state.name}"
         self.filling -= 1

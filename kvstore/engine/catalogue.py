@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from kvstore.protocol.convert import from_proto, to_proto
 from kvstore.protocol.errors import InvalidRequest
 from kvstore.protocol.namespace import NamespaceSpec
-from kvstore.v1 import admin_pb2
+from kvstore.v1 import admin_pb2, types_pb2
 
 _FILE = "namespaces.bin"
 _CLEAN = "clean-shutdown"
@@ -79,6 +79,25 @@ class Catalogue:
                 self._write()
             except OSError:
                 entry.epoch = before
+                raise
+
+    def set_terms(self, digest: bytes, terms: types_pb2.NamespaceTerms) -> None:
+        """Remember how a namespace is treated; durable when it returns.
+
+        Raises:
+            OSError: the disk refuses. The old terms stay.
+        """
+        with self._lock:
+            entry = self.entries.get(digest)
+            if entry is None:
+                return
+            before = types_pb2.NamespaceTerms()
+            before.CopyFrom(entry.terms)
+            entry.terms.CopyFrom(terms)
+            try:
+                self._write()
+            except OSError:
+                entry.terms.CopyFrom(before)
                 raise
 
     def take_clean_mark(self) -> bool:

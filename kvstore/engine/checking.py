@@ -123,7 +123,7 @@ class Checker:
         with self._lock:
             if not block.copies & tier or not self._cache.residency.up[tier]:
                 return None
-            slots = self._cache.residency.take(block.namespace, 1, self).slots
+            slots = self._cache.residency.take(block.namespace, 1, block).slots
         if not slots:
             raise QuotaExceeded("no warm slot is free to read a block into; release leases and try again")
         outcome = self._mover.read_one(tier, block, slots[0])

@@ -6,8 +6,9 @@ import threading
 from collections.abc import Callable
 from typing import cast
 
-from kvstore.core.block import COLD, HOT, WARM
+from kvstore.core.block import COLD, HOT, WARM, Namespace
 from kvstore.core.cache import BlockCache
+from kvstore.core.terms import pin
 from kvstore.engine.catalogue import Catalogue
 from kvstore.engine.checking import Checker
 from kvstore.engine.media_stats import MediaStats
@@ -16,9 +17,12 @@ from kvstore.engine.recorder import Recorder
 from kvstore.engine.sessions import Session, Sessions
 from kvstore.engine.slab_keeper import SlabKeeper
 from kvstore.engine.snapshot import Snapshots
-from kvstore.protocol.errors import InvalidRequest
+from kvstore.engine.treatment import core_terms, merged
+from kvstore.protocol.errors import InvalidRequest, NotFound, Unavailable
 from kvstore.tiers.warm import WarmPool
-from kvstore.v1 import admin_pb2
+from kvstore.v1 import admin_pb2, types_pb2
+
+_TERMS_STEPS = 128  # a second
 
 
 class Operations:
@@ -37,6 +41,7 @@ class Operations:
     _snapshots: Snapshots
     _media_stats: MediaStats
     _recorder: Recorder
+    _treating: threading.Lock
 
     def stats(self) -> admin_pb2.GetStatsResponse:
         """Everything countable."""
@@ -109,6 +114,54 @@ class Operations:
             raise InvalidRequest("the cold tier is off")
         before_bytes, after_bytes = cast(DurableTier, cold).compact()
         return admin_pb2.CompactResponse(before_bytes=before_bytes, after_bytes=after_bytes)
+
+    def pin(self, session: Session, request: admin_pb2.PinRequest) -> admin_pb2.PinResponse:
+        """Have the one block whose key starts with what was given leave last; or no longer.
+
+        Raises:
+            NotFound: the tenant has no such block.
+            InvalidRequest: there are several.
+        """
+        digits = request.key.hex()
+        with self._lock:
+            held = self._cache.find_prefix(request.key, session.tenant, request.namespace, 2)
+            if len(held) > 1:
+                raise InvalidRequest(f"several keys begin with {digits}; give more of it, or the namespace")
+            if not held or not held[0].present:
+                raise NotFound(f"no block here has a key that begins with {digits}")
+            pin(self._cache.residency, held[0], pinned=not request.unpin)
+            return admin_pb2.PinResponse(key=held[0].key, namespace=held[0].namespace.digest)
+
+    def set_terms(self, session: Session, request: admin_pb2.SetTermsRequest) -> types_pb2.NamespaceTerms:
+        """Treat a namespace of the tenant differently from now on; returns all terms that hold.
+
+        Raises:
+            Unavailable: it cannot be made durable. The terms are as before.
+        """
+        return self._treat(self._cache.namespace(request.namespace, session.tenant), request.terms)
+
+    def _treat(self, namespace: Namespace, said: types_pb2.NamespaceTerms) -> types_pb2.NamespaceTerms:
+        with self._treating:  # two at once would leave memory and disk at different terms
+            entry = self._catalogue.entries.get(namespace.digest)
+            before = entry.terms if entry is not None else types_pb2.NamespaceTerms()
+            terms = merged(before, said, namespace.slot_bytes)
+            if terms != before:  # every worker that opens the namespace says the same
+                try:
+                    self._catalogue.set_terms(namespace.digest, terms)
+                except OSError as error:
+                    raise Unavailable(f"the terms of a namespace cannot be written: {error}") from error
+                with self._lock:
+                    self._cache.terms.set(namespace, core_terms(terms))
+            return terms
+
+    def _keep_terms(self) -> None:
+        """What is due of priorities, times to live and limits; the lock is held for a part of it at a time."""
+        with self._lock:
+            self._cache.terms.tick(self._clock())
+        for _ in range(_TERMS_STEPS):
+            with self._lock:
+                if not self._cache.terms.step(self._clock()):
+                    break
 
     def record(self, request: admin_pb2.RecordRequest) -> admin_pb2.RecordResponse:
         """What workers of every tenant have asked for since the call before; the first call begins."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from kvstore.core.block import COLD, HOT, WARM, Block
+from kvstore.core.block import COLD, HOT, PINNED, WARM, Block
 from kvstore.core.cache import TIER_NAMES, BlockCache
 from kvstore.core.puts import Reject
 from kvstore.engine.media_stats import MediaStats
@@ -54,6 +54,7 @@ class Snapshots:
         for name, number in asdict(residency.admission.counts).items():
             message.counters[f"cold_{name}"] = number
         gate = cache.gate
+        message.counters["expired_blocks"] = cache.terms.expired
         message.counters["withheld_blocks"] = gate.withheld_blocks
         message.counters["gated_acquires"] = gate.gated_acquires
         message.counters["probes"] = gate.probes
@@ -85,8 +86,11 @@ class Snapshots:
                     namespace=digest, tenant=tenant, block_nbytes=namespace.block_nbytes,
                     blocks=sum(1 for block in namespace.blocks.values() if block.copies), epoch=namespace.epoch,
                 )  # fmt: skip
+                info.warm_bytes = cache.residency.budgets[WARM].by_namespace.get(namespace, 0)
+                info.cold_bytes = cache.residency.budgets[COLD].by_namespace.get(namespace, 0)
                 if digest in entries:
                     info.spec.CopyFrom(entries[digest].spec)
+                    info.terms.CopyFrom(entries[digest].terms)
                 found.append(info)
         return found
 
@@ -122,6 +126,7 @@ class Snapshots:
             nbytes=block.namespace.block_nbytes,
             stored_bytes=block.stored_bytes,
             hits=block.hits,
+            pinned=block.level == PINNED,
         )
 
 

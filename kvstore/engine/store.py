@@ -42,7 +42,7 @@ from kvstore.engine.snapshot import Snapshots
 from kvstore.protocol.errors import InvalidRequest, KVStoreError, LeaseExpired, QuotaExceeded, Unavailable
 from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.tiers.warm import SlabInfo, WarmPool
-from kvstore.v1 import kvstore_pb2
+from kvstore.v1 import kvstore_pb2, types_pb2
 
 _TICK_S = 1.0
 _ROOM_WAIT_S = 1.0  # a put's longest wait for a slab that is being made for it
@@ -86,6 +86,7 @@ class Store(Operations):
         self._clock = clock
         self._lock = threading.Lock()
         self._clearing = threading.Lock()
+        self._treating = threading.Lock()
         self._bulk = threading.RLock()  # taken before _lock, see _gate
         limits = Limits(
             config.warm_bytes,
@@ -232,8 +233,10 @@ class Store(Operations):
 
     # -- namespaces -------------------------------------------------------------------------------------------
 
-    def open_namespace(self, session: Session, spec: NamespaceSpec) -> Namespace:
-        """Open a namespace, and make room for its blocks in the background."""
+    def open_namespace(
+        self, session: Session, spec: NamespaceSpec, terms: types_pb2.NamespaceTerms | None = None
+    ) -> Namespace:
+        """Open a namespace, treat it as `terms` say, and make room for its blocks in the background."""
         digest = spec.digest(session.tenant)
         with self._lock:
             known = self._catalogue.entries.get(digest)
@@ -243,6 +246,8 @@ class Store(Operations):
             self._catalogue.add(digest, session.tenant, spec, namespace.epoch)
         except OSError as error:  # it works; its cold blocks are swept at the next start
             _log.warning("cannot remember namespace %s: %s", digest[:8].hex(), error)
+        if terms is not None:
+            self._treat(namespace, terms)
         self._slabs.expect(namespace)
         return namespace
 
@@ -406,7 +411,7 @@ class Store(Operations):
         staging = session.staging
         source = source_of(request, None if staging is None else staging.array, len(keys), namespace.block_nbytes)
         with self._gate(len(keys)):
-            plan = self._begin_put(namespace, request.parent, keys)
+            plan = self._begin_put(namespace, request, keys)
             carried = plan is not None and namespace.block_nbytes <= _SMALL_BLOCK_BYTES
             if plan is not None and carried:  # copies of small blocks are mostly bytecode too
                 self._carry_out(plan, source, deadline_s)
@@ -414,16 +419,16 @@ class Store(Operations):
             with self._lock:
                 self._slabs.await_slabs(namespace, min(_ROOM_WAIT_S, max(0.0, deadline_s - self._clock())))
             with self._gate(len(keys)), self._lock:
-                plan = self._cache.puts.begin(namespace, request.parent, keys)
+                plan = self._cache.puts.begin(namespace, request.parent, keys, request.pin)
         if not carried:
             self._carry_out(plan, source, deadline_s)
         self._mover.kick_saves()
         return bytes(item.status for item in plan.items), bytes(item.reason for item in plan.items)
 
-    def _begin_put(self, namespace: Namespace, parent: bytes, keys: list[bytes]) -> PutPlan | None:
+    def _begin_put(self, namespace: Namespace, request: kvstore_pb2.PutRequest, keys: list[bytes]) -> PutPlan | None:
         """Take slots; None where there are too few because a slab must first change hands, which has been asked for."""
         with self._lock:
-            plan = self._cache.puts.begin(namespace, parent, keys)
+            plan = self._cache.puts.begin(namespace, request.parent, keys, request.pin)
             self._slabs.balance()
             if all(item.reason != Reject.NO_ROOM for item in plan.items):
                 return plan
@@ -489,4 +494,5 @@ class Store(Operations):
         if expired:
             _log.info("%d leases expired", len(expired))
         self._recorder.expire()
+        self._keep_terms()
         self._mover.kick_saves()

@@ -56,6 +56,8 @@ class AdminHandlers:
             MethodSpec("Drain", pb.DrainRequest, pb.DrainResponse, self.drain),
             MethodSpec("SetLogLevel", pb.SetLogLevelRequest, pb.SetLogLevelResponse, self.set_log_level),
             MethodSpec("Record", pb.RecordRequest, pb.RecordResponse, self.record),
+            MethodSpec("Pin", pb.PinRequest, pb.PinResponse, self.pin),
+            MethodSpec("SetTerms", pb.SetTermsRequest, pb.SetTermsResponse, self.set_terms),
         )
         return {spec.name: spec for spec in specs}
 
@@ -132,6 +134,18 @@ class AdminHandlers:
         """What workers ask for; five times a second while it lasts, so only its beginning and end are logged."""
         self._check_operator("Record", session, logged=request.stop or not request.recording)
         return self._engine.record(request)
+
+    def pin(self, request: pb.PinRequest, session: SessionView, deadline_s: float) -> pb.PinResponse:
+        """Have a block leave last, or no longer."""
+        self._check_operator("Pin", session)
+        checks.check_block_query(request.key, request.namespace)
+        return self._engine.pin(session, request)
+
+    def set_terms(self, request: pb.SetTermsRequest, session: SessionView, deadline_s: float) -> pb.SetTermsResponse:
+        """Treat a namespace differently."""
+        self._check_operator("SetTerms", session)
+        checks.check_namespace(request.namespace)
+        return pb.SetTermsResponse(terms=self._engine.set_terms(session, request))
 
     def _check_operator(self, name: str, session: SessionView, logged: bool = True) -> None:
         if not self._hooks.is_operator(session.uid):

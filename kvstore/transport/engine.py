@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from kvstore.core.benefit import WorkerCosts
 from kvstore.protocol.namespace import NamespaceSpec
-from kvstore.v1 import admin_pb2, kvstore_pb2
+from kvstore.v1 import admin_pb2, kvstore_pb2, types_pb2
 
 # A method that takes the engine's own classes does not satisfy one that promises to take every SessionView or
 # Peer, so as parameters they go unchecked.
@@ -143,8 +143,10 @@ class DataEngine(Protocol):
     def touch(self, session: SessionHandle) -> None:
         """Note a frame of the session, which renews its leases. Called for every call: must be quick."""
 
-    def open_namespace(self, session: SessionHandle, spec: NamespaceSpec) -> NamespaceView:
-        """Open, or find, the session's tenant's namespace of this specification."""
+    def open_namespace(
+        self, session: SessionHandle, spec: NamespaceSpec, terms: types_pb2.NamespaceTerms | None = None
+    ) -> NamespaceView:
+        """Open, or find, the session's tenant's namespace of this specification, and treat it as `terms` say."""
 
     def map_slabs(self, session: SessionHandle, ids: Sequence[int]) -> Sequence[tuple[SlabView, int]]:
         """Those of the slabs that still live, each with a descriptor that is the caller's to close."""
@@ -226,6 +228,12 @@ class AdminEngine(Protocol):
 
     def record(self, request: admin_pb2.RecordRequest) -> admin_pb2.RecordResponse:
         """What workers have asked for since the call before; the first call begins."""
+
+    def pin(self, session: SessionHandle, request: admin_pb2.PinRequest) -> admin_pb2.PinResponse:
+        """Have a block of the session's tenant leave last, or no longer."""
+
+    def set_terms(self, session: SessionHandle, request: admin_pb2.SetTermsRequest) -> types_pb2.NamespaceTerms:
+        """Treat a namespace of the session's tenant differently; returns all terms that hold."""
 
     def start_drain(self) -> None:
         """Refuse puts from now on."""

@@ -77,7 +77,8 @@ class Handlers:
         self, request: pb.OpenNamespaceRequest, session: SessionView, deadline_s: float
     ) -> pb.OpenNamespaceResponse:
         """Open a namespace of the session's tenant."""
-        state = self._engine.open_namespace(session, convert.from_proto(request.spec))
+        terms = request.terms if request.HasField("terms") else None
+        state = self._engine.open_namespace(session, convert.from_proto(request.spec), terms)
         return pb.OpenNamespaceResponse(namespace=state.digest, block_nbytes=state.block_nbytes, epoch=state.epoch)
 
     def map_slabs(self, request: pb.MapSlabsRequest, session: SessionView) -> tuple[pb.MapSlabsResponse, list[int]]:

@@ -250,13 +250,21 @@ class NamespaceInfo(google.protobuf.message.Message):
     BLOCK_NBYTES_FIELD_NUMBER: builtins.int
     BLOCKS_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    TERMS_FIELD_NUMBER: builtins.int
+    WARM_BYTES_FIELD_NUMBER: builtins.int
+    COLD_BYTES_FIELD_NUMBER: builtins.int
     namespace: builtins.bytes
     tenant: builtins.str
     block_nbytes: builtins.int
     blocks: builtins.int
     epoch: builtins.int
+    warm_bytes: builtins.int
+    """that its blocks take"""
+    cold_bytes: builtins.int
     @property
     def spec(self) -> kvstore.v1.types_pb2.NamespaceSpec: ...
+    @property
+    def terms(self) -> kvstore.v1.types_pb2.NamespaceTerms: ...
     def __init__(
         self,
         *,
@@ -266,9 +274,12 @@ class NamespaceInfo(google.protobuf.message.Message):
         block_nbytes: builtins.int = ...,
         blocks: builtins.int = ...,
         epoch: builtins.int = ...,
+        terms: kvstore.v1.types_pb2.NamespaceTerms | None = ...,
+        warm_bytes: builtins.int = ...,
+        cold_bytes: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["spec", b"spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["block_nbytes", b"block_nbytes", "blocks", b"blocks", "epoch", b"epoch", "namespace", b"namespace", "spec", b"spec", "tenant", b"tenant"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["spec", b"spec", "terms", b"terms"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["block_nbytes", b"block_nbytes", "blocks", b"blocks", "cold_bytes", b"cold_bytes", "epoch", b"epoch", "namespace", b"namespace", "spec", b"spec", "tenant", b"tenant", "terms", b"terms", "warm_bytes", b"warm_bytes"]) -> None: ...
 
 global___NamespaceInfo = NamespaceInfo
 
@@ -405,6 +416,7 @@ class BlockInfo(google.protobuf.message.Message):
     NBYTES_FIELD_NUMBER: builtins.int
     STORED_BYTES_FIELD_NUMBER: builtins.int
     HITS_FIELD_NUMBER: builtins.int
+    PINNED_FIELD_NUMBER: builtins.int
     key: builtins.bytes
     namespace: builtins.bytes
     parent: builtins.bytes
@@ -417,6 +429,8 @@ class BlockInfo(google.protobuf.message.Message):
     nbytes: builtins.int
     stored_bytes: builtins.int
     hits: builtins.int
+    pinned: builtins.bool
+    """softly"""
     @property
     def tiers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     def __init__(
@@ -434,8 +448,9 @@ class BlockInfo(google.protobuf.message.Message):
         nbytes: builtins.int = ...,
         stored_bytes: builtins.int = ...,
         hits: builtins.int = ...,
+        pinned: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["checksum", b"checksum", "children", b"children", "depth", b"depth", "hits", b"hits", "key", b"key", "namespace", b"namespace", "nbytes", b"nbytes", "orphan", b"orphan", "parent", b"parent", "pins", b"pins", "stored_bytes", b"stored_bytes", "tiers", b"tiers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checksum", b"checksum", "children", b"children", "depth", b"depth", "hits", b"hits", "key", b"key", "namespace", b"namespace", "nbytes", b"nbytes", "orphan", b"orphan", "parent", b"parent", "pinned", b"pinned", "pins", b"pins", "stored_bytes", b"stored_bytes", "tiers", b"tiers"]) -> None: ...
 
 global___BlockInfo = BlockInfo
 
@@ -741,3 +756,86 @@ class RecordResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["dropped", b"dropped", "left_out", b"left_out", "recording", b"recording", "requests", b"requests", "waiting", b"waiting"]) -> None: ...
 
 global___RecordResponse = RecordResponse
+
+@typing.final
+class PinRequest(google.protobuf.message.Message):
+    """A pinned block, and with it the prefix that it ends, leaves a tier when nothing else of its tenant may. Not
+    remembered across a restart of the daemon.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    NAMESPACE_FIELD_NUMBER: builtins.int
+    UNPIN_FIELD_NUMBER: builtins.int
+    key: builtins.bytes
+    """whole, or a prefix of at least 4 bytes that only one block has"""
+    namespace: builtins.bytes
+    """empty: any"""
+    unpin: builtins.bool
+    def __init__(
+        self,
+        *,
+        key: builtins.bytes = ...,
+        namespace: builtins.bytes = ...,
+        unpin: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["key", b"key", "namespace", b"namespace", "unpin", b"unpin"]) -> None: ...
+
+global___PinRequest = PinRequest
+
+@typing.final
+class PinResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    NAMESPACE_FIELD_NUMBER: builtins.int
+    key: builtins.bytes
+    """whole"""
+    namespace: builtins.bytes
+    def __init__(
+        self,
+        *,
+        key: builtins.bytes = ...,
+        namespace: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["key", b"key", "namespace", b"namespace"]) -> None: ...
+
+global___PinResponse = PinResponse
+
+@typing.final
+class SetTermsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: builtins.int
+    TERMS_FIELD_NUMBER: builtins.int
+    namespace: builtins.bytes
+    @property
+    def terms(self) -> kvstore.v1.types_pb2.NamespaceTerms: ...
+    def __init__(
+        self,
+        *,
+        namespace: builtins.bytes = ...,
+        terms: kvstore.v1.types_pb2.NamespaceTerms | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["terms", b"terms"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["namespace", b"namespace", "terms", b"terms"]) -> None: ...
+
+global___SetTermsRequest = SetTermsRequest
+
+@typing.final
+class SetTermsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TERMS_FIELD_NUMBER: builtins.int
+    @property
+    def terms(self) -> kvstore.v1.types_pb2.NamespaceTerms: ...
+    def __init__(
+        self,
+        *,
+        terms: kvstore.v1.types_pb2.NamespaceTerms | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["terms", b"terms"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["terms", b"terms"]) -> None: ...
+
+global___SetTermsResponse = SetTermsResponse

@@ -89,6 +89,16 @@ class AdminStub(object):
                 request_serializer=kvstore_dot_v1_dot_admin__pb2.RecordRequest.SerializeToString,
                 response_deserializer=kvstore_dot_v1_dot_admin__pb2.RecordResponse.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/kvstore.v1.Admin/Pin',
+                request_serializer=kvstore_dot_v1_dot_admin__pb2.PinRequest.SerializeToString,
+                response_deserializer=kvstore_dot_v1_dot_admin__pb2.PinResponse.FromString,
+                _registered_method=True)
+        self.SetTerms = channel.unary_unary(
+                '/kvstore.v1.Admin/SetTerms',
+                request_serializer=kvstore_dot_v1_dot_admin__pb2.SetTermsRequest.SerializeToString,
+                response_deserializer=kvstore_dot_v1_dot_admin__pb2.SetTermsResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -160,6 +170,18 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pin(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetTerms(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -217,6 +239,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Record,
                     request_deserializer=kvstore_dot_v1_dot_admin__pb2.RecordRequest.FromString,
                     response_serializer=kvstore_dot_v1_dot_admin__pb2.RecordResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=kvstore_dot_v1_dot_admin__pb2.PinRequest.FromString,
+                    response_serializer=kvstore_dot_v1_dot_admin__pb2.PinResponse.SerializeToString,
+            ),
+            'SetTerms': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTerms,
+                    request_deserializer=kvstore_dot_v1_dot_admin__pb2.SetTermsRequest.FromString,
+                    response_serializer=kvstore_dot_v1_dot_admin__pb2.SetTermsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -516,6 +548,60 @@ class Admin(object):
             '/kvstore.v1.Admin/Record',
             kvstore_dot_v1_dot_admin__pb2.RecordRequest.SerializeToString,
             kvstore_dot_v1_dot_admin__pb2.RecordResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Admin/Pin',
+            kvstore_dot_v1_dot_admin__pb2.PinRequest.SerializeToString,
+            kvstore_dot_v1_dot_admin__pb2.PinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTerms(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Admin/SetTerms',
+            kvstore_dot_v1_dot_admin__pb2.SetTermsRequest.SerializeToString,
+            kvstore_dot_v1_dot_admin__pb2.SetTermsResponse.FromString,
             options,
             channel_credentials,
             insecure,

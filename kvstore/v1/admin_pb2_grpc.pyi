@@ -74,6 +74,16 @@ class AdminStub:
         kvstore.v1.admin_pb2.RecordResponse,
     ]
 
+    Pin: grpc.UnaryUnaryMultiCallable[
+        kvstore.v1.admin_pb2.PinRequest,
+        kvstore.v1.admin_pb2.PinResponse,
+    ]
+
+    SetTerms: grpc.UnaryUnaryMultiCallable[
+        kvstore.v1.admin_pb2.SetTermsRequest,
+        kvstore.v1.admin_pb2.SetTermsResponse,
+    ]
+
 class AdminAsyncStub:
     GetStats: grpc.aio.UnaryUnaryMultiCallable[
         kvstore.v1.admin_pb2.GetStatsRequest,
@@ -128,6 +138,16 @@ class AdminAsyncStub:
     Record: grpc.aio.UnaryUnaryMultiCallable[
         kvstore.v1.admin_pb2.RecordRequest,
         kvstore.v1.admin_pb2.RecordResponse,
+    ]
+
+    Pin: grpc.aio.UnaryUnaryMultiCallable[
+        kvstore.v1.admin_pb2.PinRequest,
+        kvstore.v1.admin_pb2.PinResponse,
+    ]
+
+    SetTerms: grpc.aio.UnaryUnaryMultiCallable[
+        kvstore.v1.admin_pb2.SetTermsRequest,
+        kvstore.v1.admin_pb2.SetTermsResponse,
     ]
 
 class AdminServicer(metaclass=abc.ABCMeta):
@@ -207,5 +227,19 @@ class AdminServicer(metaclass=abc.ABCMeta):
         request: kvstore.v1.admin_pb2.RecordRequest,
         context: _ServicerContext,
     ) -> typing.Union[kvstore.v1.admin_pb2.RecordResponse, collections.abc.Awaitable[kvstore.v1.admin_pb2.RecordResponse]]: ...
+
+    @abc.abstractmethod
+    def Pin(
+        self,
+        request: kvstore.v1.admin_pb2.PinRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvstore.v1.admin_pb2.PinResponse, collections.abc.Awaitable[kvstore.v1.admin_pb2.PinResponse]]: ...
+
+    @abc.abstractmethod
+    def SetTerms(
+        self,
+        request: kvstore.v1.admin_pb2.SetTermsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvstore.v1.admin_pb2.SetTermsResponse, collections.abc.Awaitable[kvstore.v1.admin_pb2.SetTermsResponse]]: ...
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

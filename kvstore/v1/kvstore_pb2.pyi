@@ -167,15 +167,19 @@ class OpenNamespaceRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     SPEC_FIELD_NUMBER: builtins.int
+    TERMS_FIELD_NUMBER: builtins.int
     @property
     def spec(self) -> kvstore.v1.types_pb2.NamespaceSpec: ...
+    @property
+    def terms(self) -> kvstore.v1.types_pb2.NamespaceTerms: ...
     def __init__(
         self,
         *,
         spec: kvstore.v1.types_pb2.NamespaceSpec | None = ...,
+        terms: kvstore.v1.types_pb2.NamespaceTerms | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["spec", b"spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["spec", b"spec"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["spec", b"spec", "terms", b"terms"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["spec", b"spec", "terms", b"terms"]) -> None: ...
 
 global___OpenNamespaceRequest = OpenNamespaceRequest
 
@@ -668,6 +672,7 @@ class PutRequest(google.protobuf.message.Message):
     STAGING_STRIDE_FIELD_NUMBER: builtins.int
     CHECKSUMS_FIELD_NUMBER: builtins.int
     BLOCK_NBYTES_FIELD_NUMBER: builtins.int
+    PIN_FIELD_NUMBER: builtins.int
     namespace: builtins.bytes
     parent: builtins.bytes
     """key before the first one; empty: the root"""
@@ -680,6 +685,8 @@ class PutRequest(google.protobuf.message.Message):
     """empty, or xxh3-128 (16 bytes, digest order) of every block"""
     block_nbytes: builtins.int
     """what the worker believes; must equal the namespace's"""
+    pin: builtins.bool
+    """softly, as Admin.Pin does: in a chain the last block if all are stored, in a set each"""
     def __init__(
         self,
         *,
@@ -690,8 +697,9 @@ class PutRequest(google.protobuf.message.Message):
         staging_stride: builtins.int = ...,
         checksums: builtins.bytes = ...,
         block_nbytes: builtins.int = ...,
+        pin: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_nbytes", b"block_nbytes", "checksums", b"checksums", "keys", b"keys", "namespace", b"namespace", "parent", b"parent", "staging_offset", b"staging_offset", "staging_stride", b"staging_stride"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_nbytes", b"block_nbytes", "checksums", b"checksums", "keys", b"keys", "namespace", b"namespace", "parent", b"parent", "pin", b"pin", "staging_offset", b"staging_offset", "staging_stride", b"staging_stride"]) -> None: ...
 
 global___PutRequest = PutRequest
 

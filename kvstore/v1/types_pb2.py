@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvstore/v1/types.proto\x12\nkvstore.v1\"F\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0c\n\x04\x61xes\x18\x04 \x01(\t\"5\n\tShardAxis\x12\x0c\n\x04\x61xis\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\x04\x12\x0c\n\x04size\x18\x03 \x01(\x04\"\xe3\x02\n\rNamespaceSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\x04\x12\'\n\x04kind\x18\x04 \x01(\x0e\x32\x19.kvstore.v1.NamespaceKind\x12&\n\x06layout\x18\x05 \x03(\x0b\x32\x16.kvstore.v1.TensorSpec\x12$\n\x05shard\x18\x06 \x03(\x0b\x32\x15.kvstore.v1.ShardAxis\x12\x39\n\x08identity\x18\x07 \x03(\x0b\x32\'.kvstore.v1.NamespaceSpec.IdentityEntry\x12\x16\n\x0ehash_algorithm\x18\x08 \x01(\t\x12\x0c\n\x04salt\x18\t \x01(\t\x12\x12\n\ncold_codec\x18\n \x01(\t\x1a/\n\rIdentityEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*a\n\rNamespaceKind\x12\x1e\n\x1aNAMESPACE_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14NAMESPACE_KIND_CHAIN\x10\x01\x12\x16\n\x12NAMESPACE_KIND_SET\x10\x02*n\n\tPutStatus\x12\x1a\n\x16PUT_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11PUT_STATUS_STORED\x10\x01\x12\x15\n\x11PUT_STATUS_EXISTS\x10\x02\x12\x17\n\x13PUT_STATUS_REJECTED\x10\x03*\xcc\x02\n\x0cRejectReason\x12\x1d\n\x19REJECT_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15REJECT_REASON_NO_ROOM\x10\x01\x12\x1b\n\x17REJECT_REASON_NO_PARENT\x10\x02\x12\x1e\n\x1aREJECT_REASON_STAGING_BUSY\x10\x03\x12\x1a\n\x16REJECT_REASON_DEADLINE\x10\x04\x12\x1a\n\x16REJECT_REASON_CHECKSUM\x10\x05\x12\x17\n\x13REJECT_REASON_QUOTA\x10\x06\x12\x1d\n\x19REJECT_REASON_UNAVAILABLE\x10\x07\x12\x1a\n\x16REJECT_REASON_DRAINING\x10\x08\x12\x19\n\x15REJECT_REASON_CLEARED\x10\t\x12\x1e\n\x1aREJECT_REASON_NOT_ADMITTED\x10\n*H\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0c\n\x08TIER_HOT\x10\x01\x12\r\n\tTIER_WARM\x10\x02\x12\r\n\tTIER_COLD\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kvstore/v1/types.proto\x12\nkvstore.v1\"F\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0c\n\x04\x61xes\x18\x04 \x01(\t\"5\n\tShardAxis\x12\x0c\n\x04\x61xis\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\x04\x12\x0c\n\x04size\x18\x03 \x01(\x04\"\xe3\x02\n\rNamespaceSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x03 \x01(\x04\x12\'\n\x04kind\x18\x04 \x01(\x0e\x32\x19.kvstore.v1.NamespaceKind\x12&\n\x06layout\x18\x05 \x03(\x0b\x32\x16.kvstore.v1.TensorSpec\x12$\n\x05shard\x18\x06 \x03(\x0b\x32\x15.kvstore.v1.ShardAxis\x12\x39\n\x08identity\x18\x07 \x03(\x0b\x32\'.kvstore.v1.NamespaceSpec.IdentityEntry\x12\x16\n\x0ehash_algorithm\x18\x08 \x01(\t\x12\x0c\n\x04salt\x18\t \x01(\t\x12\x12\n\ncold_codec\x18\n \x01(\t\x1a/\n\rIdentityEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa8\x01\n\x0eNamespaceTerms\x12&\n\x08priority\x18\x01 \x01(\x0e\x32\x14.kvstore.v1.Priority\x12\x13\n\x06ttl_ms\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x17\n\nwarm_bytes\x18\x03 \x01(\x04H\x01\x88\x01\x01\x12\x17\n\ncold_bytes\x18\x04 \x01(\x04H\x02\x88\x01\x01\x42\t\n\x07_ttl_msB\r\n\x0b_warm_bytesB\r\n\x0b_cold_bytes*a\n\rNamespaceKind\x12\x1e\n\x1aNAMESPACE_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14NAMESPACE_KIND_CHAIN\x10\x01\x12\x16\n\x12NAMESPACE_KIND_SET\x10\x02*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPRIORITY_LOW\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x11\n\rPRIORITY_HIGH\x10\x03*n\n\tPutStatus\x12\x1a\n\x16PUT_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11PUT_STATUS_STORED\x10\x01\x12\x15\n\x11PUT_STATUS_EXISTS\x10\x02\x12\x17\n\x13PUT_STATUS_REJECTED\x10\x03*\xcc\x02\n\x0cRejectReason\x12\x1d\n\x19REJECT_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15REJECT_REASON_NO_ROOM\x10\x01\x12\x1b\n\x17REJECT_REASON_NO_PARENT\x10\x02\x12\x1e\n\x1aREJECT_REASON_STAGING_BUSY\x10\x03\x12\x1a\n\x16REJECT_REASON_DEADLINE\x10\x04\x12\x1a\n\x16REJECT_REASON_CHECKSUM\x10\x05\x12\x17\n\x13REJECT_REASON_QUOTA\x10\x06\x12\x1d\n\x19REJECT_REASON_UNAVAILABLE\x10\x07\x12\x1a\n\x16REJECT_REASON_DRAINING\x10\x08\x12\x19\n\x15REJECT_REASON_CLEARED\x10\t\x12\x1e\n\x1aREJECT_REASON_NOT_ADMITTED\x10\n*H\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0c\n\x08TIER_HOT\x10\x01\x12\r\n\tTIER_WARM\x10\x02\x12\r\n\tTIER_COLD\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,14 +33,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NAMESPACESPEC_IDENTITYENTRY']._loaded_options = None
   _globals['_NAMESPACESPEC_IDENTITYENTRY']._serialized_options = b'8\001'
-  _globals['_NAMESPACEKIND']._serialized_start=523
-  _globals['_NAMESPACEKIND']._serialized_end=620
-  _globals['_PUTSTATUS']._serialized_start=622
-  _globals['_PUTSTATUS']._serialized_end=732
-  _globals['_REJECTREASON']._serialized_start=735
-  _globals['_REJECTREASON']._serialized_end=1067
-  _globals['_TIER']._serialized_start=1069
-  _globals['_TIER']._serialized_end=1141
+  _globals['_NAMESPACEKIND']._serialized_start=694
+  _globals['_NAMESPACEKIND']._serialized_end=791
+  _globals['_PRIORITY']._serialized_start=793
+  _globals['_PRIORITY']._serialized_end=887
+  _globals['_PUTSTATUS']._serialized_start=889
+  _globals['_PUTSTATUS']._serialized_end=999
+  _globals['_REJECTREASON']._serialized_start=1002
+  _globals['_REJECTREASON']._serialized_end=1334
+  _globals['_TIER']._serialized_start=1336
+  _globals['_TIER']._serialized_end=1408
   _globals['_TENSORSPEC']._serialized_start=38
   _globals['_TENSORSPEC']._serialized_end=108
   _globals['_SHARDAXIS']._serialized_start=110
@@ -49,4 +51,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NAMESPACESPEC']._serialized_end=521
   _globals['_NAMESPACESPEC_IDENTITYENTRY']._serialized_start=474
   _globals['_NAMESPACESPEC_IDENTITYENTRY']._serialized_end=521
+  _globals['_NAMESPACETERMS']._serialized_start=524
+  _globals['_NAMESPACETERMS']._serialized_end=692
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,27 @@ NAMESPACE_KIND_SET: NamespaceKind.ValueType  # 2
 """independent blocks"""
 global___NamespaceKind = NamespaceKind
 
+class _Priority:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PriorityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """as it was; NORMAL at first"""
+    PRIORITY_LOW: _Priority.ValueType  # 1
+    PRIORITY_NORMAL: _Priority.ValueType  # 2
+    PRIORITY_HIGH: _Priority.ValueType  # 3
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper): ...
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""as it was; NORMAL at first"""
+PRIORITY_LOW: Priority.ValueType  # 1
+PRIORITY_NORMAL: Priority.ValueType  # 2
+PRIORITY_HIGH: Priority.ValueType  # 3
+global___Priority = Priority
+
 class _PutStatus:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -77,7 +98,7 @@ class _RejectReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     REJECT_REASON_CHECKSUM: _RejectReason.ValueType  # 5
     """the copy differs from the worker's checksum"""
     REJECT_REASON_QUOTA: _RejectReason.ValueType  # 6
-    """the tenant's budget is full of pinned blocks"""
+    """the budget of the tenant or namespace is full of pinned blocks"""
     REJECT_REASON_UNAVAILABLE: _RejectReason.ValueType  # 7
     """no daemon (said by a fail-open client)"""
     REJECT_REASON_DRAINING: _RejectReason.ValueType  # 8
@@ -101,7 +122,7 @@ REJECT_REASON_DEADLINE: RejectReason.ValueType  # 4
 REJECT_REASON_CHECKSUM: RejectReason.ValueType  # 5
 """the copy differs from the worker's checksum"""
 REJECT_REASON_QUOTA: RejectReason.ValueType  # 6
-"""the tenant's budget is full of pinned blocks"""
+"""the budget of the tenant or namespace is full of pinned blocks"""
 REJECT_REASON_UNAVAILABLE: RejectReason.ValueType  # 7
 """no daemon (said by a fail-open client)"""
 REJECT_REASON_DRAINING: RejectReason.ValueType  # 8
@@ -248,3 +269,40 @@ class NamespaceSpec(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["block_tokens", b"block_tokens", "cold_codec", b"cold_codec", "hash_algorithm", b"hash_algorithm", "identity", b"identity", "kind", b"kind", "layout", b"layout", "model", b"model", "revision", b"revision", "salt", b"salt", "shard", b"shard"]) -> None: ...
 
 global___NamespaceSpec = NamespaceSpec
+
+@typing.final
+class NamespaceTerms(google.protobuf.message.Message):
+    """How a namespace is treated. It is no part of its identity; what is not said stays as it was."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PRIORITY_FIELD_NUMBER: builtins.int
+    TTL_MS_FIELD_NUMBER: builtins.int
+    WARM_BYTES_FIELD_NUMBER: builtins.int
+    COLD_BYTES_FIELD_NUMBER: builtins.int
+    priority: global___Priority.ValueType
+    """blocks of lower priority leave first, among those of one tenant"""
+    ttl_ms: builtins.int
+    """since their last use, then blocks are dropped; 0: never"""
+    warm_bytes: builtins.int
+    """that it may hold in warm; 0: as much as its tenant"""
+    cold_bytes: builtins.int
+    """and in cold, as stored"""
+    def __init__(
+        self,
+        *,
+        priority: global___Priority.ValueType = ...,
+        ttl_ms: builtins.int | None = ...,
+        warm_bytes: builtins.int | None = ...,
+        cold_bytes: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_cold_bytes", b"_cold_bytes", "_ttl_ms", b"_ttl_ms", "_warm_bytes", b"_warm_bytes", "cold_bytes", b"cold_bytes", "ttl_ms", b"ttl_ms", "warm_bytes", b"warm_bytes"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_cold_bytes", b"_cold_bytes", "_ttl_ms", b"_ttl_ms", "_warm_bytes", b"_warm_bytes", "cold_bytes", b"cold_bytes", "priority", b"priority", "ttl_ms", b"ttl_ms", "warm_bytes", b"warm_bytes"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_cold_bytes", b"_cold_bytes"]) -> typing.Literal["cold_bytes"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ttl_ms", b"_ttl_ms"]) -> typing.Literal["ttl_ms"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_warm_bytes", b"_warm_bytes"]) -> typing.Literal["warm_bytes"] | None: ...
+
+global___NamespaceTerms = NamespaceTerms

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from core_world import World
-from kvstore.core.block import COLD, HOT, REFUSED, WARM, Block, Namespace, level_of, mark_of
+from kvstore.core.block import COLD, HOT, REFUSED, WARM, Block, Namespace, level_of, mark_of, own_mark_of
 from kvstore.core.residency import _PASSED
 from kvstore.core.slots import Slot, SlotState
 
@@ -171,6 +171,10 @@ def check_budgets(world: World) -> None:
         assert budget.used_bytes == sum(expected.values()) <= budget.capacity_bytes
         for tenant, limit in budget.tenant_limits.items():
             assert budget.by_tenant.get(tenant, 0) <= limit
+        by_tenant = Counter[str]()
+        for namespace, nbytes in budget.by_namespace.items():
+            by_tenant[namespace.tenant] += nbytes
+        assert by_tenant == budget.by_tenant
     assert world.cache.allocator.used_bytes == residency.budgets[WARM].used_bytes
 
 
@@ -210,6 +214,9 @@ def check_orders(world: World) -> None:
             spared = tier == COLD and block in residency._spared
             mark = mark_of(tier, level_of(block, tier))
             assert not free or block.queued & mark or spared, "it may leave, and no order has it"
+            own = block.namespace.own.get(tier)
+            if own is not None and free and not spared and own.has(block):
+                assert block.queued & own_mark_of(tier), "it may leave, and its namespace's own order has it not"
 
 
 def check_nothing_left(world: World) -> None:
@@ -218,6 +225,7 @@ def check_nothing_left(world: World) -> None:
     assert slots_of(world) == []
     assert [b.used_bytes for b in residency.budgets.values()] == [0, 0, 0]
     assert [b.by_tenant for b in residency.budgets.values()] == [{}, {}, {}]
+    assert [b.by_namespace for b in residency.budgets.values()] == [{}, {}, {}]
     assert residency.leaving_bytes == residency.prefetched_bytes == residency.raw_cold_bytes == 0
     assert not residency.dirty
     assert all(not namespace.blocks for namespace in namespaces(world))

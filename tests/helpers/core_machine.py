@@ -15,11 +15,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from core_checks import check, check_nothing_left, live_blocks
 from core_world import PAGE, TTL_S, Answer, Load, Promise, World, key, packed, promises
 from kvstore.core.benefit import WINDOW, WorkerCosts
-from kvstore.core.block import COLD, HOT, WARM, Block, Namespace
+from kvstore.core.block import COLD, HIGH, HOT, LOW, NORMAL, WARM, Block, Namespace
 from kvstore.core.leases import Lease
 from kvstore.core.puts import PutPlan
 from kvstore.core.reads import AcquireGroup
 from kvstore.core.slots import SlotState
+from kvstore.core.terms import Terms
+from kvstore.core.terms import pin as set_pinned
 
 SLABS, SLOTS = 3, 4
 REMEMBERED_PROMISES = 300
@@ -270,6 +272,20 @@ class CacheMachine(RuleBasedStateMachine):
         self.world.cache.reads.leases.renew(session, self.world.now_s)
         for lease in self.world.cache.reads.leases.expire(self.world.now_s):
             assert lease.session_id != session, "its session has just sent a frame"
+        expired = self.world.keep_terms()
+        if expired:
+            self.see("expired")
+
+    @rule(name=spaces, level=st.sampled_from([LOW, NORMAL, HIGH]), ttl_s=st.sampled_from([0, 0, 1.0]), limit=few)
+    def treat(self, name: str, level: int, ttl_s: float, limit: int) -> None:
+        space, free = self.spaces[name], limit > 4
+        limits = {} if free else {WARM: limit * space.slot_bytes, COLD: limit * space.block_nbytes}
+        self.world.cache.terms.set(space, Terms(level, ttl_s, limits))
+
+    @rule(name=spaces, path=paths, pinned=st.booleans())
+    def pin(self, name: str, path: str, pinned: bool) -> None:
+        if self.stored(self.spaces[name], path):
+            set_pinned(self.world.cache.residency, self.spaces[name].blocks[key(path)], pinned)
 
     # -- deleting ---------------------------------------------------------------------------------------------
 

@@ -195,11 +195,19 @@ class World:
         shape = NamespaceShape(tenant, nbytes, block_tokens, chain, cold_codec=cold_codec)
         return self.cache.open_namespace(key(("namespace", name)), shape)
 
+    def keep_terms(self) -> int:
+        """What the engine does once a second; returns how many blocks outlived their time."""
+        before = self.cache.terms.expired
+        self.cache.terms.tick(self.now_s)
+        while self.cache.terms.step(self.now_s):
+            pass
+        return self.cache.terms.expired - before
+
     # -- puts -------------------------------------------------------------------------------------------------
 
-    def begin(self, namespace: Namespace, keys: Sequence[bytes], parent: bytes = b"") -> PutPlan:
+    def begin(self, namespace: Namespace, keys: Sequence[bytes], parent: bytes = b"", pin: bool = False) -> PutPlan:
         """Begin a put."""
-        plan = self.cache.puts.begin(namespace, parent, keys)
+        plan = self.cache.puts.begin(namespace, parent, keys, pin)
         self.plans.append(plan)
         return plan
 
@@ -222,9 +230,16 @@ class World:
         self.plans = [other for other in self.plans if other is not plan]
         self.cache.puts.cancel(plan)
 
-    def put(self, namespace: Namespace, keys: Sequence[bytes], parent: bytes = b"", variant: int = 0) -> list[str]:
+    def put(
+        self,
+        namespace: Namespace,
+        keys: Sequence[bytes],
+        parent: bytes = b"",
+        variant: int = 0,
+        pin: bool = False,
+    ) -> list[str]:
         """A whole put."""
-        plan = self.begin(namespace, keys, parent)
+        plan = self.begin(namespace, keys, parent, pin)
         self.copy(plan, variant)
         return self.finish(plan)
 

@@ -25,7 +25,7 @@ from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.transport.config import Limits, TransportConfig, TransportHooks
 from kvstore.transport.engine import Engine
 from kvstore.transport.server import Transport
-from kvstore.v1 import admin_pb2
+from kvstore.v1 import admin_pb2, types_pb2
 from kvstore.v1 import kvstore_pb2 as pb
 
 BOUND_S = 10.0  # of every wait in these tests; nothing is expected to take long
@@ -100,7 +100,9 @@ class FakeEngine:
     def touch(self, session: FakeSession) -> None:
         session.touches += 1
 
-    def open_namespace(self, session: FakeSession, spec: NamespaceSpec) -> Any:
+    def open_namespace(
+        self, session: FakeSession, spec: NamespaceSpec, terms: types_pb2.NamespaceTerms | None = None
+    ) -> Any:
         return SimpleNamespace(digest=spec.digest(session.tenant), block_nbytes=spec.block_nbytes, epoch=1)
 
     def map_slabs(self, session: FakeSession, ids: Sequence[int]) -> list[tuple[Slab, int]]:
@@ -200,6 +202,12 @@ class FakeEngine:
 
     def record(self, request: admin_pb2.RecordRequest) -> admin_pb2.RecordResponse:
         return admin_pb2.RecordResponse(recording=request.recording or 1)
+
+    def pin(self, session: FakeSession, request: admin_pb2.PinRequest) -> admin_pb2.PinResponse:
+        return admin_pb2.PinResponse(key=request.key)
+
+    def set_terms(self, session: FakeSession, request: admin_pb2.SetTermsRequest) -> types_pb2.NamespaceTerms:
+        return request.terms
 
     def start_drain(self) -> None:
         self.drained = True

@@ -39,7 +39,12 @@ def cool(daemon: DaemonProcess) -> None:
     """What is stored is in cold only."""
     assert daemon.ask("Flush", admin_pb2.FlushRequest(timeout_ms=30_000)).unsaved == 0
     eventually(lambda: not daemon.stats().counters["slots_filling"], "the loads to end")
-    daemon.ask("Evict", admin_pb2.EvictRequest(tier=types_pb2.TIER_WARM, bytes=1 << 40))
+
+    def emptied() -> bool:  # a release may still be on its way
+        daemon.ask("Evict", admin_pb2.EvictRequest(tier=types_pb2.TIER_WARM, bytes=1 << 40))
+        return daemon.tier("warm").blocks == 0
+
+    eventually(emptied, "warm to be empty")
 
 
 def stored(daemon: DaemonProcess, space: Namespace) -> Keys:

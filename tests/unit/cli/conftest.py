@@ -19,6 +19,7 @@ from kvstore.cli.kvctl import main
 from kvstore.protocol.errors import KVStoreError, Unavailable
 from kvstore.protocol.frames import PROTOCOL_VERSION, FrameSocket
 from kvstore.v1 import admin_pb2 as pb
+from kvstore.v1 import types_pb2
 from kvstore.v1.admin_pb2_grpc import AdminServicer, add_AdminServicer_to_server
 from kvstore.v1.kvstore_pb2 import HelloRequest, HelloResponse
 
@@ -70,6 +71,10 @@ class FakeAdmin(AdminServicer):
             "Drain": pb.DrainResponse(),
             "SetLogLevel": pb.SetLogLevelResponse(level="debug"),
             "Record": pb.RecordResponse(recording=1),
+            "Pin": pb.PinResponse(key=KEY, namespace=KEY),
+            "SetTerms": pb.SetTermsResponse(
+                terms=types_pb2.NamespaceTerms(priority=3, ttl_ms=90_000, warm_bytes=1 << 30)
+            ),
         }
 
     def __getattribute__(self, name: str) -> Any:

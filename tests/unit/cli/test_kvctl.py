@@ -112,6 +112,7 @@ def test_tiers_sessions_namespaces_are_tables(kvctl: Run) -> None:
 
 
 KEY_HEX = "ab" * 32
+KEY = bytes.fromhex(KEY_HEX)
 
 
 def test_inspect_takes_the_beginning_of_a_key(kvctl: Run, kvctl_json: RunJson, daemon: Daemon) -> None:
@@ -140,6 +141,32 @@ def test_evict_sends_tier_and_bytes(kvctl: Run, daemon: Daemon) -> None:
     result = kvctl("evict", "cold", "1.5GB")
     assert result.stdout == "evicted 2 blocks, 4MiB, from cold\n"
     assert daemon.admin.requests == [pb.EvictRequest(tier=types_pb2.TIER_COLD, bytes=1_500_000_000)]
+
+
+def test_pin_and_unpin(kvctl: Run, daemon: Daemon) -> None:
+    digits = KEY.hex()
+    assert kvctl("pin", digits[:10]).stdout == f"pinned {digits}\n"
+    assert kvctl("unpin", digits).stdout == f"unpinned {digits}\n"
+    assert daemon.admin.requests == [pb.PinRequest(key=KEY[:5]), pb.PinRequest(key=KEY, unpin=True)]
+
+
+def test_set_sends_only_what_was_said(kvctl: Run, daemon: Daemon) -> None:
+    digits = KEY.hex()
+    result = kvctl("set", digits[:8], "--ttl", "90", "--warm-bytes", "1GiB", "--cold-bytes", "0")
+    assert result.stdout == f"namespace {digits[:12]}: high, ttl 1m 30s, warm ≤ 1GiB\n"
+    terms = types_pb2.NamespaceTerms(ttl_ms=90_000, warm_bytes=1 << 30, cold_bytes=0)
+    assert daemon.admin.requests[-1] == pb.SetTermsRequest(namespace=KEY, terms=terms)
+    kvctl("set", digits[:8], "--priority", "low")
+    assert daemon.admin.requests[-1] == pb.SetTermsRequest(namespace=KEY, terms=types_pb2.NamespaceTerms(priority=1))  # type: ignore[arg-type]
+
+
+def test_set_of_a_namespace_that_is_not_one(kvctl: Run, daemon: Daemon) -> None:
+    result = kvctl("set", "99999999", "--priority", "low")
+    assert result.exit_code == 2 and "0 namespaces begin with 99999999" in result.stderr
+    twice = [pb.NamespaceInfo(namespace=KEY[:4] + bytes([i]) * 28) for i in range(2)]
+    daemon.admin.answers["ListNamespaces"] = pb.ListNamespacesResponse(namespaces=twice)
+    result = kvctl("set", KEY.hex()[:8], "--priority", "low")
+    assert result.exit_code == 2 and "2 namespaces begin with" in result.stderr
 
 
 def test_flush_fails_where_blocks_are_left(kvctl: Run, daemon: Daemon) -> None:
@@ -278,6 +305,11 @@ def test_a_daemon_of_another_protocol_is_told(kvctl: Run, daemon: Daemon) -> Non
         ("no-such-verb",),
         ("evict", "lukewarm", "1GiB"),
         ("evict", "warm", "much"),
+        ("pin", "abc"),
+        ("pin", "abcdefab1"),
+        ("set", "abcdefab", "--priority", "huge"),
+        ("set", "abcdefab", "--ttl", "-1"),
+        ("set", "abcdefab", "--warm-bytes", "much"),
         ("log-level", "loud"),
         ("stats", "-o", "xml"),
         ("--address", "tcp:localhost:80", "ping"),
@@ -299,7 +331,7 @@ def test_bench_lists_its_suites_without_a_daemon() -> None:
 def test_every_verb_has_help_and_the_shared_options() -> None:
     assert set(main.commands) == {
         "ping", "status", "stats", "tiers", "namespaces", "sessions", "inspect", "evict", "flush", "verify", "drain",
-        "log-level", "bench", "compact", "record", "replay",
+        "log-level", "bench", "compact", "record", "replay", "pin", "unpin", "set",
     }  # fmt: skip
     for name in main.commands:
         shown = CliRunner().invoke(main, [name, "--help"]).stdout

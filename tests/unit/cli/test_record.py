@@ -87,6 +87,15 @@ def test_it_ends_with_so_many_requests(kvctl_json: Callable[..., Any], daemon: D
     assert daemon.admin.requests[-1].stop
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As on a terminal: a shell's background job has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_it_in_order(kvctl: Run, daemon: Daemon, tmp_path: Path) -> None:
     def answers() -> Iterator[pb.RecordResponse]:
         yield pb.RecordResponse(recording=9, requests=[asked(0, A, A)])

@@ -9,6 +9,7 @@ import pytest
 from core_checks import check, live_blocks, slots_of
 from core_world import PAGE, World, chain, key, tiers_of, warm_bytes_for
 from kvstore.core.block import COLD, HOT, WARM, Block, Namespace
+from kvstore.core.puts import PutPlan
 
 
 @pytest.fixture
@@ -113,20 +114,20 @@ def test_a_parent_is_never_evicted_before_its_children(world: World) -> None:
 
 def test_take_gives_no_more_than_there_is(world: World) -> None:
     space = world.open()
-    slots = world.cache.residency.take(space, 20, "owner").slots
+    slots = world.cache.residency.take(space, 20, PutPlan(space, 0)).slots
     assert len(slots) == 8
-    assert world.cache.residency.take(space, 1, "owner").slots == []
+    assert world.cache.residency.take(space, 1, PutPlan(space, 0)).slots == []
     for slot in slots:
         world.cache.residency.abandon(slot)
     check(world)
-    assert world.cache.residency.take(space, 0, "owner").slots == []
+    assert world.cache.residency.take(space, 0, PutPlan(space, 0)).slots == []
 
 
 def test_take_drops_no_more_than_it_must(world: World) -> None:
     space = world.open()
     for i in range(6):
         world.put(space, chain(1, i))
-    slots = world.cache.residency.take(space, 4, "owner").slots
+    slots = world.cache.residency.take(space, 4, PutPlan(space, 0)).slots
     assert len(slots) == 4
     assert world.cache.residency.counts[WARM].blocks == 4
     for slot in slots:
@@ -318,9 +319,9 @@ def test_no_more_leaves_than_must_for_room_below() -> None:
         world.put(space, chain(1, name))
         world.release(world.lease(space, chain(1, name)))
     world.promote_all()
-    assert world.cache.residency.make_room_below(HOT, space.tenant, PAGE + 1)
+    assert world.cache.residency.make_room_below(HOT, space, PAGE + 1)
     assert world.cache.residency.counts[HOT].blocks == 2
-    assert not world.cache.residency.make_room_below(HOT, space.tenant, 4 * PAGE + 1)
+    assert not world.cache.residency.make_room_below(HOT, space, 4 * PAGE + 1)
     assert world.cache.residency.counts[HOT].blocks == 2
     check(world)
 

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from kvstore.protocol.frames import MAX_PAYLOAD_BYTES, Method
 from kvstore.transport.admin import AdminHandlers, AdminHooks
-from kvstore.v1 import admin_pb2, admin_pb2_grpc, kvstore_pb2_grpc
+from kvstore.v1 import admin_pb2, admin_pb2_grpc, kvstore_pb2_grpc, types_pb2
 from kvstore.v1 import kvstore_pb2 as pb
 from transport_double import BOUND_S, Setup, eventually
 
@@ -245,6 +245,9 @@ def test_the_admin_service_answers(setup: Setup) -> None:
     assert caller(admin.Verify, admin_pb2.VerifyRequest(tier=3)).checked == 4  # type: ignore[arg-type]
     assert caller(admin.SetLogLevel, admin_pb2.SetLogLevelRequest(level="debug")).level == "debug"
     assert caller(admin.Record, admin_pb2.RecordRequest(recording=7)).recording == 7
+    assert caller(admin.Pin, admin_pb2.PinRequest(key=b"abcd")).key == b"abcd"
+    terms = types_pb2.NamespaceTerms(ttl_ms=5)
+    assert caller(admin.SetTerms, admin_pb2.SetTermsRequest(namespace=bytes(32), terms=terms)).terms == terms
     assert setup.levels == ["debug"]
 
 
@@ -256,6 +259,8 @@ def test_admin_requests_are_checked(setup: Setup) -> None:
         (admin.Verify, admin_pb2.VerifyRequest()),
         (admin.InspectBlock, admin_pb2.InspectBlockRequest(key=b"abc")),
         (admin.SetLogLevel, admin_pb2.SetLogLevelRequest(level="loud")),
+        (admin.Pin, admin_pb2.PinRequest(key=b"abc")),
+        (admin.SetTerms, admin_pb2.SetTermsRequest(namespace=bytes(31))),
     ):
         assert code_of(lambda: caller(method, request))[0] is grpc.StatusCode.INVALID_ARGUMENT  # noqa: B023
 
@@ -282,6 +287,8 @@ def test_what_changes_the_daemon_is_for_operators(setup: Setup) -> None:
         (admin.SetLogLevel, admin_pb2.SetLogLevelRequest(level="debug")),
         (admin.Record, admin_pb2.RecordRequest()),
         (admin.Record, admin_pb2.RecordRequest(recording=1)),
+        (admin.Pin, admin_pb2.PinRequest(key=b"abcd")),
+        (admin.SetTerms, admin_pb2.SetTermsRequest(namespace=bytes(32))),
     ):
         assert code_of(lambda: caller(method, request))[0] is grpc.StatusCode.PERMISSION_DENIED  # noqa: B023
     assert not setup.engine.drained
