@@ -40,6 +40,12 @@ MARKS = tuple(tuple(tier * unit for unit in _UNITS) for tier in range(COLD + 1))
 _OWN_UNIT = 32768  # of the order that a namespace with a limit of its own has beside
 
 
+# Block._sums: the checksum, whether there is one, stored_bytes.
+_SUM_BYTES = 16
+_SUM_MASK = (1 << 8 * _SUM_BYTES) - 1
+_SUM_KNOWN = 1 << 8 * _SUM_BYTES
+_STORED_SHIFT = 8 * _SUM_BYTES + 1
+
 # Bits of Block.marks.
 ORPHAN, REUSED, SAVING = 1, 2, 4
 
@@ -55,8 +61,8 @@ class Block:
     """
 
     __slots__ = (
+        "_sums",
         "below",
-        "checksum",
         "copies",
         "depth",
         "epoch",
@@ -70,7 +76,6 @@ class Block:
         "queued",
         "slot",
         "spare",
-        "stored_bytes",
         "touched",
     )
 
@@ -78,11 +83,10 @@ class Block:
         self.namespace = namespace
         self.key = key
         self.epoch = namespace.epoch  # a clear does not change it: saved bytes must never be taken for newer ones
-        self.checksum = b""  # of the bytes that a reader gets now
+        self._sums = 0  # checksum and stored_bytes in one integer, of 48 bytes: apart they take 104
         self.lossy = b""  # of the cold copy's bytes, where that is a lossy one
         self.copies = 0  # HOT | WARM | COLD
         self.slot: Slot | None = None  # FILLING while it loads, READY while WARM
-        self.stored_bytes = 0  # on the cold medium
         self.touched = 0  # stamp of the last use
         self.queued = 0  # marks of the orders that have an entry for this block
         self.marks = 0  # ORPHAN | REUSED | SAVING
@@ -120,6 +124,27 @@ class Block:
         else:
             parent.below = None
         self.parent = None
+
+    @property
+    def checksum(self) -> bytes:
+        """Of the bytes that a reader gets now, 16 bytes; empty where there were none yet."""
+        sums = self._sums
+        return (sums & _SUM_MASK).to_bytes(_SUM_BYTES, "little") if sums & _SUM_KNOWN else b""
+
+    @checksum.setter
+    def checksum(self, value: bytes) -> None:
+        assert len(value) in (0, _SUM_BYTES), f"a checksum of {len(value)} bytes"
+        own = int.from_bytes(value, "little") | _SUM_KNOWN if value else 0
+        self._sums = self._sums >> _STORED_SHIFT << _STORED_SHIFT | own
+
+    @property
+    def stored_bytes(self) -> int:
+        """On the cold medium."""
+        return self._sums >> _STORED_SHIFT
+
+    @stored_bytes.setter
+    def stored_bytes(self, value: int) -> None:
+        self._sums = self._sums & (_SUM_MASK | _SUM_KNOWN) | value << _STORED_SHIFT
 
     @property
     def orphan(self) -> bool:
