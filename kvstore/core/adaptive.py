@@ -17,13 +17,13 @@ use of its last block, whatever its length. Capacity is not told but seen: the m
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Sequence
+from heapq import heappop, heappush, heapreplace
 from itertools import count
 
-from kvstore.core.block import COLD, Block, Namespace
+from kvstore.core.block import COLD, REUSED, Block, Namespace
 from kvstore.core.ghosts import Ghosts
-from kvstore.core.leaf_lru import Entry, compacted, drop_last, worth_compacting
+from kvstore.core.leaf_lru import SLACK_ENTRIES, Entry, compacted, drop_last, worth_compacting
 from kvstore.core.shadows import FOREVER, GHOSTS, Candidate, Shadows, name_of
 
 CANDIDATES = (Candidate(0), Candidate(2), Candidate(FOREVER), Candidate(FOREVER, closed=True))
@@ -62,26 +62,33 @@ class Adaptive:
 
     def insert(self, block: Block) -> None:
         """Add a block with the stamp it has; one that is back soon after it left counts as used again."""
-        self._live += 1
-        self._now = max(self._now, block.touched)
-        if self._full and self._ghosts.take(_name(block)):
-            block.reused = True
-        self._measure()
-        parent = block.parent
-        if parent is not None and parent.queued & self._mark:
-            heap = self._again if parent.reused and parent.touched else self._once
-            self._stale += not drop_last(heap, parent, self._mark)
+        self._live = live = self._live + 1
+        if live > self._peak:
+            self._peak = live
+        if block.touched > self._now:
+            self._now = block.touched
+        if self._full and self._ghosts.take(int.from_bytes(block.key[:8], "little") ^ block.namespace.salt):  # name_of
+            block.marks |= REUSED
+        self._window -= 1
+        if self._window < 0 or (self._full and self._peak > self._capacity):
+            self._measure()
+        mark, parent = self._mark, block.parent
+        if parent is not None and parent.queued & mark:
+            heap = self._again if parent.marks & REUSED and parent.touched else self._once
+            self._stale += not drop_last(heap, parent, mark)
         self.offer(block)
 
     def touch(self, block: Block) -> None:
         """Note the block's new stamp: its entry moves when it comes up."""
-        self._now = max(self._now, block.touched)
+        if block.touched > self._now:
+            self._now = block.touched
         self.offer(block)
 
     def offer(self, block: Block) -> None:
         """Give `block` an entry again, if it is a leaf."""
-        if not block.queued & self._mark and self._stands(block):
-            block.queued |= self._mark
+        mark = self._mark
+        if not block.queued & mark and (block.below is None or block.is_leaf(self._tier)):
+            block.queued |= mark
             self._push(block)
             self._compact()
 
@@ -91,12 +98,14 @@ class Adaptive:
         if block is self._last:
             self._last = None
             self._fill()
-            self._ghosts.add(_name(block))
+            self._ghosts.add(name_of(block.key, block.namespace.salt))
         parent = block.parent
         if parent is not None:
-            parent.touched = max(parent.touched, block.touched)
-            parent.reused = parent.reused or block.reused
-            self.offer(parent)
+            if block.touched > parent.touched:
+                parent.touched = block.touched
+            parent.marks |= block.marks & REUSED
+            if parent.stands(self._tier, self._mark):
+                self.offer(parent)
         self._compact()
 
     # -- who leaves, and who may come -------------------------------------------------------------------------
@@ -120,7 +129,7 @@ class Adaptive:
         self._fill()
         if not victim.touched:
             return True
-        if not self.candidate.closed and (not victim.reused or victim.touched + self._bias() <= self._now):
+        if not self.candidate.closed and (not victim.marks & REUSED or victim.touched + self._bias() <= self._now):
             return True
         return name_of(key, namespace.salt) in self._ghosts
 
@@ -134,30 +143,32 @@ class Adaptive:
     # -- internals --------------------------------------------------------------------------------------------
 
     def _bias(self) -> int:
-        return min(FOREVER, self.candidate.factor * self._capacity)
+        bias = self._candidates[self._shadows.best].factor * self._capacity
+        return bias if bias < FOREVER else FOREVER
 
     def _push(self, block: Block) -> None:
         # An orphan (stamp 0) leaves first, whatever its past.
-        heap = self._again if block.reused and block.touched else self._once
-        heapq.heappush(heap, (block.touched, next(self._entry), block))
+        heap = self._again if block.marks & REUSED and block.touched else self._once
+        heappush(heap, (block.touched, next(self._entry), block))
 
     def _oldest(self, heap: list[Entry], allowed: Callable[[Block], bool]) -> Block | None:
         """The first leaf of a heap that may leave; entries that are out of date are put right on the way."""
         tier, mark, again = self._tier, self._mark, heap is self._again
         while heap:
             stamp, _, block = heap[0]
+            touched = block.touched
             if not block.stands(tier, mark):
-                heapq.heappop(heap)
+                heappop(heap)
                 block.queued &= ~mark
-            elif again != bool(block.reused and block.touched):
-                heapq.heappop(heap)
+            elif again is not (block.marks & REUSED != 0 and touched != 0):
+                heappop(heap)
                 self._push(block)
-            elif block.touched > stamp:
-                heapq.heapreplace(heap, (block.touched, next(self._entry), block))
-            elif block.is_leaf(tier) and allowed(block):
+            elif touched > stamp:
+                heapreplace(heap, (touched, next(self._entry), block))
+            elif (block.below is None or block.is_leaf(tier)) and allowed(block):
                 return block
             else:
-                heapq.heappop(heap)
+                heappop(heap)
                 block.queued &= ~mark
         return None
 
@@ -169,15 +180,11 @@ class Adaptive:
 
     def _measure(self) -> None:
         """Follow the capacity: the most blocks held in the last so many inserts."""
-        if self._live > self._peak:
-            self._peak = self._live
-        self._window -= 1
-        if not self._full:
-            if self._window < 0:
-                self._window = self._live
-                self._shadows.growing(self._live)
-        elif self._window < 0 or self._peak > self._capacity:
+        if self._full:
             self._resize(self._peak)
+        else:
+            self._window = self._live
+            self._shadows.growing(self._live)
 
     def _resize(self, blocks: int) -> None:
         self._capacity = max(1, blocks)
@@ -188,14 +195,11 @@ class Adaptive:
 
     def _compact(self) -> None:
         """Without pressure, entries that say nothing would pile up."""
-        if worth_compacting(len(self._once) + len(self._again), self._live, self._stale):
+        entries = len(self._once) + len(self._again)
+        if entries > SLACK_ENTRIES and worth_compacting(entries, self._live, self._stale):
             self._stale = 0
             self._once = compacted(self._once, self._mark, self._stands)
             self._again = compacted(self._again, self._mark, self._stands)
 
     def _stands(self, block: Block) -> bool:
         return block.stands(self._tier, self._mark) and block.is_leaf(self._tier)
-
-
-def _name(block: Block) -> int:
-    return name_of(block.key, block.namespace.salt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag
 from itertools import chain
@@ -36,8 +36,15 @@ SPARE, LOW, NORMAL, HIGH, PINNED = range(5)
 
 # The usual level has the lowest bits: numbers up to 256 are no objects of their own in memory.
 _UNITS = (8, 64, 1, 512, 4096)  # by level
+MARKS = tuple(tuple(tier * unit for unit in _UNITS) for tier in range(COLD + 1))  # by tier and level, as mark_of
 _OWN_UNIT = 32768  # of the order that a namespace with a limit of its own has beside
 
+
+# Block._sums: the checksum, whether there is one, stored_bytes.
+_SUM_BYTES = 16
+_SUM_MASK = (1 << 8 * _SUM_BYTES) - 1
+_SUM_KNOWN = 1 << 8 * _SUM_BYTES
+_STORED_SHIFT = 8 * _SUM_BYTES + 1
 
 # Bits of Block.marks.
 ORPHAN, REUSED, SAVING = 1, 2, 4
@@ -54,8 +61,8 @@ class Block:
     """
 
     __slots__ = (
+        "_sums",
         "below",
-        "checksum",
         "copies",
         "depth",
         "epoch",
@@ -69,7 +76,6 @@ class Block:
         "queued",
         "slot",
         "spare",
-        "stored_bytes",
         "touched",
     )
 
@@ -77,11 +83,10 @@ class Block:
         self.namespace = namespace
         self.key = key
         self.epoch = namespace.epoch  # a clear does not change it: saved bytes must never be taken for newer ones
-        self.checksum = b""  # of the bytes that a reader gets now
+        self._sums = 0  # checksum and stored_bytes in one integer, of 48 bytes: apart they take 104
         self.lossy = b""  # of the cold copy's bytes, where that is a lossy one
         self.copies = 0  # HOT | WARM | COLD
         self.slot: Slot | None = None  # FILLING while it loads, READY while WARM
-        self.stored_bytes = 0  # on the cold medium
         self.touched = 0  # stamp of the last use
         self.queued = 0  # marks of the orders that have an entry for this block
         self.marks = 0  # ORPHAN | REUSED | SAVING
@@ -119,6 +124,27 @@ class Block:
         else:
             parent.below = None
         self.parent = None
+
+    @property
+    def checksum(self) -> bytes:
+        """Of the bytes that a reader gets now, 16 bytes; empty where there were none yet."""
+        sums = self._sums
+        return (sums & _SUM_MASK).to_bytes(_SUM_BYTES, "little") if sums & _SUM_KNOWN else b""
+
+    @checksum.setter
+    def checksum(self, value: bytes) -> None:
+        assert len(value) in (0, _SUM_BYTES), f"a checksum of {len(value)} bytes"
+        own = int.from_bytes(value, "little") | _SUM_KNOWN if value else 0
+        self._sums = self._sums >> _STORED_SHIFT << _STORED_SHIFT | own
+
+    @property
+    def stored_bytes(self) -> int:
+        """On the cold medium."""
+        return self._sums >> _STORED_SHIFT
+
+    @stored_bytes.setter
+    def stored_bytes(self, value: int) -> None:
+        self._sums = self._sums & (_SUM_MASK | _SUM_KNOWN) | value << _STORED_SHIFT
 
     @property
     def orphan(self) -> bool:
@@ -160,10 +186,9 @@ class Block:
 
     def stands(self, tier: int, mark: int) -> bool:
         """Whether it belongs into the order of a tier that has this mark."""
-        if not self.copies & tier:
-            return False
-        level = SPARE if self.spare & tier else self.level
-        return tier * _UNITS[level] == mark or mark >= _OWN_UNIT
+        return self.copies & tier != 0 and (
+            tier * _UNITS[SPARE if self.spare & tier else self.level] == mark or mark >= _OWN_UNIT
+        )
 
     @property
     def first_child(self) -> Block | None:
@@ -171,13 +196,12 @@ class Block:
         below = self.below
         return next(reversed(below)) if isinstance(below, dict) else below
 
-    def children(self) -> Iterator[Block]:
+    def children(self) -> Sequence[Block]:
         """The direct children, newest first; they may leave meanwhile."""
         below = self.below
-        if isinstance(below, dict):
-            yield from list(reversed(below))
-        elif below is not None:
-            yield below
+        if below is None:
+            return ()
+        return list(reversed(below)) if isinstance(below, dict) else (below,)
 
     def copies_above(self, count: int) -> dict[int, int]:
         """Of this block and those above it, `count` in all, how many have which copies.
@@ -204,12 +228,23 @@ class Block:
         if below is None:
             return True
         if isinstance(below, dict):
-            return not any(child.copies & ~child.spare & tier for child in reversed(below))
+            for child in reversed(below):  # noqa: SIM110 - a generator takes thrice as long
+                if child.copies & ~child.spare & tier:
+                    return False
+            return True
         return not below.copies & ~below.spare & tier
 
     def is_bare(self, tier: int) -> bool:
         """Whether no child has a copy in `tier`."""
-        return not any(child.copies & tier for child in self.children())
+        below = self.below
+        if below is None:
+            return True
+        if isinstance(below, dict):
+            for child in reversed(below):  # noqa: SIM110 - as above
+                if child.copies & tier:
+                    return False
+            return True
+        return not below.copies & tier
 
     def subtree(self) -> list[Block]:
         """This block and everything that hangs on it, parents before children."""

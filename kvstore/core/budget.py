@@ -23,12 +23,12 @@ class Budget:
         """How many bytes must leave before the namespace may add `nbytes`; 0: it may now."""
         over = self.used_bytes + nbytes - self.capacity_bytes
         tenant = namespace.tenant
-        limit = self.tenant_limits.get(tenant)
+        limit = self.tenant_limits.get(tenant) if self.tenant_limits else None
         if limit is not None:
             over = max(over, self.by_tenant.get(tenant, 0) + nbytes - limit)
         if self.namespace_limits:
             over = max(over, self._over_own(namespace, nbytes))
-        return max(0, over)
+        return over if over > 0 else 0
 
     @property
     def free_bytes(self) -> int:

@@ -11,6 +11,8 @@ def payers(used: Mapping[str, int], capacity: int, tenant: str, nbytes: int) -> 
     Max-min fairness: the largest goes first, and nobody but the one who asks goes below an equal share of the tier.
     What a tenant leaves unused is everybody's until it comes for it.
     """
+    if not used or (len(used) == 1 and tenant in used):
+        return [tenant]
     wanted = {**used, tenant: used.get(tenant, 0) + nbytes}
     share = capacity / len(wanted)
     largest_first = sorted(wanted, key=wanted.__getitem__, reverse=True)

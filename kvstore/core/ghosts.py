@@ -48,17 +48,16 @@ class Ghosts:
         table = self._pieces[number]
         if table is None:
             table = self._pieces[number] = array("I", bytes(4 * _WAYS * _PIECE))
-        start, mark = at * _WAYS, (name >> 44 or 1) << _STEP_BITS
-        step, oldest, chosen = self._step, -1, start
-        for i in range(start, start + _WAYS):
-            entry = table[i]
-            if not entry or entry & ~_STEP_MASK == mark:
-                chosen = i
+        start, mark = at * _WAYS, name >> 44 or 1
+        step, mask, oldest, chosen = self._step, _STEP_MASK, -1, 0
+        for entry in table[start : start + _WAYS]:
+            if entry >> _STEP_BITS == mark or not entry:
+                chosen = entry
                 break
-            age = (step - entry) & _STEP_MASK
+            age = (step - entry) & mask
             if age > oldest:
-                oldest, chosen = age, i
-        table[chosen] = mark | step
+                oldest, chosen = age, entry
+        table[table.index(chosen, start)] = mark << _STEP_BITS | step
         self._left -= 1
         if not self._left:
             self._left = self._per_step
@@ -81,7 +80,9 @@ class Ghosts:
         if table is None:
             return None
         mark = name >> 44 or 1  # 20 bits that the number of the bucket does not say, and never all of them 0
-        for i, entry in enumerate(table[start : start + _WAYS], start):
+        for entry in table[start : start + _WAYS]:
             if entry >> _STEP_BITS == mark:
-                return (table, i) if (self._step - entry) & _STEP_MASK <= self._lifetime else None
+                return (
+                    (table, table.index(entry, start)) if (self._step - entry) & _STEP_MASK <= self._lifetime else None
+                )
         return None

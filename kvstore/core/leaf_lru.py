@@ -13,8 +13,8 @@ of anything below it. The order is a heap of leaves with lazy entries, at most o
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Sequence
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 from typing import TypeAlias
 
@@ -22,7 +22,7 @@ from kvstore.core.block import Block, Namespace
 
 Entry: TypeAlias = tuple[int, int, Block]  # stamp, number of the entry, block
 
-_SLACK_ENTRIES = 256
+SLACK_ENTRIES = 256
 
 
 class LeafLru:
@@ -41,9 +41,9 @@ class LeafLru:
     def insert(self, block: Block) -> None:
         """Add a block with the stamp it has: moving a copy is no use of it."""
         self._live += 1
-        parent = block.parent
-        if parent is not None and parent.queued & self._mark and not self._is_free(parent, self._tier):
-            self._stale += not drop_last(self._heap, parent, self._mark)
+        mark, parent = self._mark, block.parent
+        if parent is not None and parent.queued & mark and not self._is_free(parent, self._tier):
+            self._stale += not drop_last(self._heap, parent, mark)
         self.offer(block)
 
     def touch(self, block: Block) -> None:
@@ -52,9 +52,10 @@ class LeafLru:
 
     def offer(self, block: Block) -> None:
         """Give `block` an entry again, if it may be its turn."""
-        if not block.queued & self._mark and self._stands(block):
-            block.queued |= self._mark
-            heapq.heappush(self._heap, (block.touched, next(self._entry), block))
+        mark = self._mark
+        if not block.queued & mark and self._is_free(block, self._tier):
+            block.queued |= mark
+            heappush(self._heap, (block.touched, next(self._entry), block))
             self._compact()
 
     def victim(self, allowed: Callable[[Block], bool]) -> Block | None:
@@ -64,11 +65,11 @@ class LeafLru:
             stamp, _, block = heap[0]
             stands = block.stands(tier, mark)
             if stands and block.touched > stamp:
-                heapq.heapreplace(heap, (block.touched, next(self._entry), block))
+                heapreplace(heap, (block.touched, next(self._entry), block))
             elif stands and self._is_free(block, tier) and allowed(block):
                 return block
             else:
-                heapq.heappop(heap)
+                heappop(heap)
                 block.queued &= ~mark
         return None
 
@@ -77,8 +78,10 @@ class LeafLru:
         self._live -= 1
         parent = block.parent
         if parent is not None:
-            parent.touched = max(parent.touched, block.touched)
-            self.offer(parent)
+            if block.touched > parent.touched:
+                parent.touched = block.touched
+            if parent.stands(self._tier, self._mark):
+                self.offer(parent)
         self._compact()
 
     def refer(self, namespace: Namespace, keys: bytes) -> None:
@@ -93,7 +96,8 @@ class LeafLru:
 
     def _compact(self) -> None:
         """Without pressure, entries that say nothing would pile up."""
-        if worth_compacting(len(self._heap), self._live, self._stale):
+        entries = len(self._heap)
+        if entries > SLACK_ENTRIES and worth_compacting(entries, self._live, self._stale):
             self._stale = 0
             self._heap = compacted(self._heap, self._mark, self._stands)
 
@@ -112,7 +116,7 @@ def drop_last(heap: list[Entry], block: Block, mark: int) -> bool:
 
 def worth_compacting(entries: int, live: int, stale: int) -> bool:
     """Whether half of the entries may go: so it costs a few steps for each block that came or went."""
-    return entries > 2 * live + _SLACK_ENTRIES or 2 * stale > entries + _SLACK_ENTRIES
+    return entries > 2 * live + SLACK_ENTRIES or 2 * stale > entries + SLACK_ENTRIES
 
 
 def compacted(heap: list[Entry], mark: int, stands: Callable[[Block], bool]) -> list[Entry]:
@@ -124,5 +128,5 @@ def compacted(heap: list[Entry], mark: int, stands: Callable[[Block], bool]) -> 
             kept.append(entry)
         else:
             block.queued &= ~mark
-    heapq.heapify(kept)
+    heapify(kept)
     return kept

@@ -7,7 +7,7 @@ from collections.abc import Container
 from itertools import chain, islice
 from typing import NamedTuple
 
-from kvstore.core.block import COLD, HOT, REFUSED, WARM, Block, Blocks, Namespace
+from kvstore.core.block import COLD, HOT, REFUSED, SAVING, WARM, Block, Blocks, Namespace
 from kvstore.core.lending import ClassKey
 from kvstore.core.reads import Reads
 from kvstore.core.residency import BelowRef, Residency, slot_bytes
@@ -66,7 +66,8 @@ class Moves:
         None while cleared blocks wait to be emptied: their copies must be deleted before newer ones of the same
         keys are written. For the same reason no key is saved twice at once.
         """
-        self._put_off = {block: None for block in self._put_off if block in self._residency.dirty}
+        if self._put_off:
+            self._put_off = {block: None for block in self._put_off if block in self._residency.dirty}
         batch: list[Copy] = []
         crowded: set[ClassKey] = set()  # no room below, and nothing that may leave: the others must not wait for it
         choose = self._newest if newest_first else self._closest_to_leave
@@ -91,7 +92,9 @@ class Moves:
         leaving warm. One that has something below hanging on it is not refused, for it could never leave.
         """
         residency = self._residency
-        wanted = wanted or any(child.saving or child.copies & COLD for child in block.children())
+        wanted = wanted or (
+            block.below is not None and any(child.marks & SAVING or child.copies & COLD for child in block.children())
+        )
         if wanted:
             residency.reconsider(block.parent)
         elif (block.parent is not None and block.parent.spare & REFUSED) or not residency.admits_below(block):
@@ -101,10 +104,10 @@ class Moves:
     def _begin_save(self, block: Block) -> Copy:
         slot = block.slot
         assert slot is not None
-        block.saving = True
+        block.marks |= SAVING
         slot.pins += 1
-        self._under_way[_ref(block)] = slot_bytes(block)
-        self._under_way_bytes += slot_bytes(block)
+        nbytes = self._under_way[_ref(block)] = block.namespace.slot_bytes
+        self._under_way_bytes += nbytes
         return Copy(block, slot)
 
     def _closest_to_leave(self, count: int, crowded: Container[ClassKey]) -> list[Block]:
@@ -153,9 +156,9 @@ class Moves:
         slot = block.slot
         return (
             block in self._residency.dirty
-            and not block.saving
+            and not block.marks & SAVING
             and slot is not None
-            and slot.state == SlotState.READY
+            and slot.state is SlotState.READY
             and _ref(block) not in self._under_way
             and _class_of(block) not in crowded
         )
@@ -164,7 +167,7 @@ class Moves:
         """The cold tier has answered; None: it did not take the block. `lossy`: the checksum of a lossy copy."""
         residency = self._residency
         block = copy.block
-        block.saving = False
+        block.marks &= ~SAVING
         self._under_way_bytes -= self._under_way.pop(_ref(block))
         self._end(COLD, copy)
         residency.admission.settle(block.namespace.block_nbytes, stored_bytes or 0)
@@ -182,6 +185,7 @@ class Moves:
             residency.gain_below(block, COLD, stored_bytes)
             block.lossy = lossy
             self._trim_cold(block.namespace)
+            return  # it has been offered
         residency.orders.offer(block)
 
     def begin_promotions(self, count: int) -> list[Copy]:
@@ -257,7 +261,7 @@ class Moves:
     def _trim_cold(self, namespace: Namespace) -> None:
         """What was stored may take more than its raw bytes, for which there was room."""
         make_room = self._residency.make_room_below
-        if not make_room(COLD, namespace, 0, spare_ahead=True):
+        if self._residency.budgets[COLD].missing(namespace, 0) and not make_room(COLD, namespace, 0, spare_ahead=True):
             make_room(COLD, namespace, 0)
 
     def _end(self, tier: int, copy: Copy) -> None:

@@ -13,10 +13,11 @@ Only a namespace that has a limit of its own has an order beside these (core.own
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import NamedTuple
 
-from kvstore.core.block import COLD, HOT, NORMAL, PINNED, SPARE, WARM, Block, Namespace, level_of, mark_of
+from kvstore.core.block import COLD, HOT, MARKS, NORMAL, PINNED, SPARE, WARM, Block, Namespace, level_of, mark_of
 from kvstore.core.leaf_lru import LeafLru
 from kvstore.core.policy import EvictionPolicy, PolicyFactory
 
@@ -33,13 +34,16 @@ class Place(NamedTuple):
     slot_bytes: int
 
 
+_made_place = partial(tuple.__new__, Place)  # a third of what Place(a, b, c) costs
+
+
 class Orders:
     """One order for each place and level, made when its first block comes."""
 
     def __init__(self, policy: PolicyFactory) -> None:
         """`policy` makes the order of a priority; the levels below and above are leaf-first LRU."""
         self._policy = policy
-        self._places: dict[Place, dict[int, EvictionPolicy]] = {}
+        self._places: dict[int, dict[Place, dict[int, EvictionPolicy]]] = {tier: {} for tier in TIERS}
 
     # -- what happens to blocks -------------------------------------------------------------------------------
 
@@ -48,11 +52,10 @@ class Orders:
         mark = mark_of(tier, level)
         order = namespace.orders.get(mark)
         if order is None:
-            levels = self._places.setdefault(_place(namespace, tier), {})
+            place = _place(namespace, tier)
+            levels = self._places[tier].get(place, {})
             if level not in levels:
-                levels[level] = self._made(tier, level)
-                if list(levels) != sorted(levels):
-                    self._places[_place(namespace, tier)] = dict(sorted(levels.items()))
+                self._places[tier][place] = levels = dict(sorted([*levels.items(), (level, self._made(tier, level))]))
             order = namespace.orders[mark] = levels[level]
         return order
 
@@ -83,7 +86,11 @@ class Orders:
         if block.namespace.own and tier in block.namespace.own:
             block.namespace.own[tier].remove(block)
         parent = block.parent
-        if parent is not None and parent.copies & tier:
+        if (
+            parent is not None
+            and parent.copies & tier
+            and ((parent.spare ^ block.spare) & tier or parent.level != block.level)
+        ):
             self._at(parent, tier).offer(parent)
 
     def touch(self, block: Block) -> None:
@@ -94,42 +101,52 @@ class Orders:
 
     def offer(self, block: Block) -> None:
         """`block` may have become free to leave."""
+        copies, spare, queued, namespace = block.copies, block.spare, block.queued, block.namespace
         for tier in TIERS:
-            if block.copies & tier:
-                self._at(block, tier).offer(block)
-        for order in block.namespace.own.values():
-            order.offer(block)
+            if copies & tier:
+                level = SPARE if spare & tier else block.level
+                if not queued & MARKS[tier][level]:
+                    (namespace.orders.get(MARKS[tier][level]) or self.of(namespace, tier, level)).offer(block)
+        if namespace.own:
+            for tier, own in namespace.own.items():
+                if copies & tier:
+                    own.offer(block)
 
     def set_spare(self, block: Block, tier: int, spare: bool) -> None:
         """Say whether its copy in a tier is the first to go."""
-        if bool(block.spare & tier) != spare:
-            self._move(block, (tier,), spare=block.spare ^ tier)
-
-    def set_level(self, block: Block, level: int) -> None:
-        """Give it another priority, in every tier."""
-        if block.level != level:
-            self._move(block, TIERS, level=level)
-
-    def _move(self, block: Block, tiers: Iterable[int], spare: int | None = None, level: int | None = None) -> None:
-        held = [tier for tier in tiers if block.copies & tier]
-        for tier in held:
+        if (block.spare & tier != 0) == spare:
+            return
+        if block.copies & tier:
             self._at(block, tier).remove(block)
-        block.spare = block.spare if spare is None else spare
-        block.level = block.level if level is None else level
-        for tier in held:
+            block.spare ^= tier
             self._at(block, tier).insert(block)
+        else:
+            block.spare ^= tier
         if block.parent is not None:  # it may be a leaf now, or none any more
             self.offer(block.parent)
 
+    def set_level(self, block: Block, level: int) -> None:
+        """Give it another priority, in every tier."""
+        if block.level == level:
+            return
+        held = [tier for tier in TIERS if block.copies & tier]
+        for tier in held:
+            self._at(block, tier).remove(block)
+        block.level = level
+        for tier in held:
+            self._at(block, tier).insert(block)
+        if block.parent is not None:
+            self.offer(block.parent)
+
     def _at(self, block: Block, tier: int) -> EvictionPolicy:
-        level = level_of(block, tier)
-        return block.namespace.orders.get(mark_of(tier, level)) or self.of(block.namespace, tier, level)
+        level, namespace = SPARE if block.spare & tier else block.level, block.namespace
+        return namespace.orders.get(MARKS[tier][level]) or self.of(namespace, tier, level)
 
     # -- who leaves -------------------------------------------------------------------------------------------
 
     def victim(self, namespace: Namespace, tier: int, allowed: Allowed) -> Block | None:
         """The block to leave next in the place where the namespace's blocks are."""
-        return _first(self._places.get(_place(namespace, tier), {}), allowed)
+        return _first(self._places[tier].get(_place(namespace, tier), {}), allowed)
 
     def own_victim(self, namespace: Namespace, tier: int, allowed: Allowed) -> Block | None:
         """The block to leave next where the namespace itself has to make room, for it has a limit of its own."""
@@ -144,22 +161,21 @@ class Orders:
         In a place the lowest level goes first; between places only age counts, but for what is spare or pinned: one
         tenant's priorities are no burden on another.
         """
-        victims = [
-            _first(levels, allowed, level_min)
-            for place, levels in self._places.items()
-            if place.tier == tier and (tenants is None or place.tenant in tenants)
-        ]
-        return min(
-            (block for block in victims if block is not None),
-            key=lambda block: (_RANKS[level_of(block, tier)], block.touched),
-            default=None,
-        )
+        chosen: Block | None = None
+        for place, levels in self._places[tier].items():
+            victim = _first(levels, allowed, level_min) if tenants is None or place.tenant in tenants else None
+            if chosen is None or (
+                victim is not None
+                and (_RANKS[level_of(victim, tier)], victim.touched) < (_RANKS[level_of(chosen, tier)], chosen.touched)
+            ):
+                chosen = victim
+        return chosen
 
     def idle_since(self, allowed: Allowed) -> dict[Place, int]:
         """For each place in warm, the stamp of its next victim."""
         stamps = {}
-        for place, levels in self._places.items():
-            victim = _first(levels, allowed) if place.tier == WARM else None
+        for place, levels in self._places[WARM].items():
+            victim = _first(levels, allowed)
             if victim is not None:
                 stamps[place] = victim.touched
         return stamps
@@ -180,12 +196,13 @@ def _anywhere(block: Block, tier: int) -> bool:
 
 
 def _place(namespace: Namespace, tier: int) -> Place:
-    return Place(tier, namespace.tenant, namespace.slot_bytes if tier == WARM else 0)
+    return _made_place((tier, namespace.tenant, namespace.slot_bytes if tier == WARM else 0))
 
 
 def _first(levels: dict[int, EvictionPolicy], allowed: Allowed, level_min: int = SPARE) -> Block | None:
     for level, order in levels.items():  # from the lowest on
-        victim = order.victim(allowed) if level >= level_min else None
-        if victim is not None:
-            return victim
+        if level >= level_min:
+            victim = order.victim(allowed)
+            if victim is not None:
+                return victim
     return None

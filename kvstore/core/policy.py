@@ -8,7 +8,8 @@ A policy never owns data, budgets or I/O. It orders the blocks that stand in one
     insert(block)      the block gained a copy in this tier; `block.touched` has its stamp
     touch(block)       it is the deepest block of a prefix that was used, and its ancestors with it; `block.touched` and
                        `block.reused`, which all tiers share, tell of it already
-    offer(block)       something that kept it from leaving may have ended (a pin, a missing copy below, a child)
+    offer(block)       something that kept it from leaving may have ended (a pin, a missing copy below, a child); it
+                       stands here, and the order's own bit is not in `block.queued`
     victim(allowed)    the block to leave next among those that `allowed` accepts; it stays in the order
     admits(ns, key, victim)  whether a new block should have the place of the victim just named
     refuse(ns, keys)   these new blocks got no place: `admits` said no to the first of them, or nothing may leave

@@ -41,7 +41,7 @@ class Reject(IntEnum):
     NOT_ADMITTED = 10
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class PutItem:
     """One block of a put. `slot` is FILLING and the put's own from begin to finish."""
 
@@ -136,12 +136,13 @@ class Puts:
             if stale or not item.checksum:
                 item.reason = Reject.CLEARED if stale else (item.reason or Reject.DEADLINE)
                 self._residency.abandon(slot)
-            else:
-                published += self._publish(plan.namespace, item, slot)
+            elif (block := self._publish(plan.namespace, item, slot)) is not None:
+                published.append(block)
         if plan.namespace.chain:
             # Only a leaf's stamp counts, and they hang on one another: one integer of 32 bytes for all.
+            stamp = published[-1].touched if published else 0
             for block in published:
-                block.touched = published[-1].touched
+                block.touched = stamp
         if plan.pin and not stale:
             self._pin(plan)
         self._let_go(plan)
@@ -156,36 +157,37 @@ class Puts:
             if block is not None:
                 pin(self._residency, block, pinned=True)
 
-    def _publish(self, namespace: Namespace, item: PutItem, slot: Slot) -> tuple[Block, ...]:
+    def _publish(self, namespace: Namespace, item: PutItem, slot: Slot) -> Block | None:
         """Returns the block, if it was stored."""
-        if self._index.find(namespace, item.key) is not None:
+        held = namespace.blocks.get(item.key)
+        if held is not None and held.present:
             item.status = PutStatus.EXISTS
             self._residency.abandon(slot)
-            return ()
-        held = namespace.blocks.get(item.key)
+            return None
         block = (
             None if held is not None and held.slot is not None else self._index.insert(namespace, item.key, item.parent)
         )
         if block is None:  # the parent has gone, or an agent is still filling the hole
             item.reason = Reject.NO_PARENT
             self._residency.abandon(slot)
-            return ()
+            return None
         if block.copies:  # an orphan that its parent has just brought back
             item.status = PutStatus.EXISTS
             self._residency.abandon(slot)
-            return ()
+            return None
         block.checksum = item.checksum
         item.status = PutStatus.STORED
         self._residency.stamp(block)
         if item.passes:
             self._residency.pass_through(block)
         self._residency.gain_warm(block, slot)
-        return (block,)
+        return block
 
     def _new_items(self, plan: PutPlan) -> list[PutItem]:
-        wanted = []
+        wanted, shards = [], plan.namespace.blocks.shards
         for item in plan.items:
-            if self._index.find(plan.namespace, item.key) is not None:
+            block = shards[item.key[0]].get(item.key)
+            if block is not None and block.present:
                 item.status = PutStatus.EXISTS
             else:
                 wanted.append(item)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvstore.core.admission import Admission
-from kvstore.core.block import COLD, HOT, PREFETCHED, REFUSED, SPARE, WARM, Block, Namespace
+from kvstore.core.block import COLD, HOT, PREFETCHED, REFUSED, REUSED, SAVING, SPARE, WARM, Block, Namespace
 from kvstore.core.budget import Budget
 from kvstore.core.fair import payers
 from kvstore.core.index import KEY_BYTES, Index
@@ -116,8 +116,8 @@ class Residency:
 
     def _reuse(self, block: Block | None) -> None:
         """A block was used again, and what it hangs on with it: up to where that is known already."""
-        while block is not None and not block.reused:
-            block.reused = True
+        while block is not None and not block.marks & REUSED:
+            block.marks |= REUSED
             block = block.parent
 
     @property
@@ -174,7 +174,7 @@ class Residency:
 
     def _make_way(self, namespace: Namespace, blocks: int, keys: Sequence[bytes], older_than: int) -> tuple[int, bool]:
         """Drop up to `blocks` warm blocks for as many new ones; returns how many, and whether a new one was refused."""
-        orders, allowed = self.orders, self.may_leave_warm
+        orders, allowed, place = self.orders, self.may_leave_warm, (namespace.tenant, namespace.slot_bytes)
         for done in range(blocks):
             own = self.budgets[WARM].over_namespace_limit(namespace, (done + 1) * namespace.slot_bytes)
             victim = (orders.own_victim if own else orders.victim)(namespace, WARM, allowed)
@@ -189,7 +189,7 @@ class Residency:
                     orders.of(namespace, WARM, namespace.level).refuse(namespace, keys)
                 return done, refused
             self.evict_warm(victim)
-            self.pressed[(namespace.tenant, namespace.slot_bytes)] = None
+            self.pressed[place] = None
         return blocks, False
 
     def gain_warm(self, block: Block, slot: Slot) -> None:
@@ -244,12 +244,13 @@ class Residency:
 
     def set_leaving(self, block: Block, leaving: bool) -> None:
         """Say whether its warm copy, or the one that is being loaded, is among the first to go."""
-        if bool(block.spare & WARM) == leaving:
+        if (block.spare & WARM != 0) == leaving:
             return
         self.orders.set_spare(block, WARM, leaving)
         if block.copies & WARM:
             if block.hits >= _PASSED:
-                self.leaving_bytes += slot_bytes(block) if leaving else -slot_bytes(block)
+                nbytes = block.namespace.slot_bytes
+                self.leaving_bytes += nbytes if leaving else -nbytes
             self.urgent.pop(block, None)
             if leaving and block in self.dirty:
                 self.urgent[block] = None
@@ -293,12 +294,14 @@ class Residency:
             block.checksum = block.lossy
         self.orders.remove(block, WARM)
         if block.spare & WARM and block.hits >= _PASSED:
-            self.leaving_bytes -= slot_bytes(block)
+            self.leaving_bytes -= block.namespace.slot_bytes
         if block.hits >= _PASSED or not block.spare & WARM:
             block.hits = 0
-        self.fetched(block)
+        if block.spare & PREFETCHED:
+            self.fetched(block)
         block.spare &= ~(WARM | REFUSED)
-        self.orders.set_spare(block, COLD, spare=False)
+        if block.spare & COLD:
+            self.orders.set_spare(block, COLD, spare=False)
         if block in self._spared:
             del self._spared[block]
             self.orders.offer(block)
@@ -336,7 +339,7 @@ class Residency:
     def may_leave_warm(self, block: Block) -> bool:
         """Whether nothing holds its warm copy."""
         slot = block.slot
-        if slot is None or slot.pins or block.saving:
+        if slot is None or slot.pins or block.marks & SAVING:
             return False
         return block.copies != WARM or block.below is None
 
@@ -413,20 +416,22 @@ class Residency:
         gains nothing, and a cold tier smaller than the warm one would be written over and over without end.
         """
         budget, tenant = self.budgets[tier], namespace.tenant
-        if not budget.fits(namespace, nbytes):
-            return False  # all would leave for nothing
         while budget.missing(namespace, nbytes):
+            if not budget.fits(namespace, nbytes):
+                return False  # all would leave for nothing
             # Over a limit of its own only its own blocks make room.
             asked: list[Namespace | tuple[str]] = [(tenant,)]
             if budget.over_namespace_limit(namespace, nbytes):
                 asked = [namespace]
             elif not budget.over_tenant_limit(namespace, nbytes):
                 asked = [(payer,) for payer in payers(budget.by_tenant, budget.capacity_bytes, tenant, nbytes)]
-            found = (self._victim_below(tier, payer, spare_ahead) for payer in asked)
-            block = next((block for block in found if block is not None), None)
-            if block is None:
+            for payer in asked:
+                block = self._victim_below(tier, payer, spare_ahead)
+                if block is not None:
+                    self.evict_below(block, tier)
+                    break
+            else:
                 return False
-            self.evict_below(block, tier)
         return True
 
     def _victim_below(self, tier: int, of: Namespace | Collection[str] | None, spare_ahead: bool) -> Block | None:
@@ -470,7 +475,8 @@ class Residency:
         return self._victim_below(tier, None, spare_ahead=False)
 
     def _may_leave_below(self, block: Block, tier: int) -> bool:
-        if block.saving or (block.slot is not None and block.slot.state == SlotState.FILLING):
+        slot = block.slot
+        if block.marks & SAVING or (slot is not None and slot.state is SlotState.FILLING):
             return False  # an agent reads or writes that very copy
         return block.copies != tier or block.below is None
 

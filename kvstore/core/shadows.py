@@ -44,7 +44,7 @@ class Candidate(NamedTuple):
 class Shadow:
     """A flat cache of names in the order of core.adaptive: blocks used once, and blocks used again."""
 
-    __slots__ = ("_again", "_bias", "_capacity", "_closed", "_factor", "_ghosts", "_now", "_once")
+    __slots__ = ("_again", "_bias", "_capacity", "_closed", "_factor", "_ghosts", "_ghosts_max", "_now", "_once")
 
     def __init__(self, candidate: Candidate) -> None:
         self._factor, self._closed = candidate
@@ -61,7 +61,8 @@ class Shadow:
         """Hold so many names; FOREVER: all, as long as the real cache is not full."""
         self._capacity = capacity
         self._bias = min(FOREVER, self._factor * capacity)
-        while len(self._ghosts) > GHOSTS * capacity:
+        self._ghosts_max = GHOSTS * capacity
+        while len(self._ghosts) > self._ghosts_max:
             self._ghosts.popitem(last=False)
 
     def keep(self, level: int) -> None:
@@ -73,48 +74,51 @@ class Shadow:
         for name in [name for name in self._ghosts if name & 0xFF >= level]:
             del self._ghosts[name]
 
-    def use(self, name: int) -> bool:
-        """A use of the block; returns whether it is a hit."""
-        self._now = now = self._now + 1
-        again = self._again
-        if name in again:
-            again[name] = now
-            again.move_to_end(name)
-            return True
-        once, ghosts = self._once, self._ghosts
-        if name in once:
-            del once[name]
-            again[name] = now
-            return True
-        known = name in ghosts
-        if known:
-            del ghosts[name]
-        if len(once) + len(again) < self._capacity or self._make_room(known):
-            (again if known else once)[name] = now
-        else:
-            self._note(name)
-        return False
+    def use(self, names: Sequence[int]) -> list[bool]:
+        """Uses of blocks, one after another; returns for each whether it is a hit."""
+        once, again, ghosts, now = self._once, self._again, self._ghosts, self._now
+        capacity, ghosts_max = self._capacity, self._ghosts_max
+        hits = []
+        for name in names:
+            now += 1
+            hit = name in again
+            if hit:
+                again[name] = now
+                again.move_to_end(name)
+            elif name in once:
+                hit = True
+                del once[name]
+                again[name] = now
+            else:
+                known = name in ghosts
+                if known:
+                    del ghosts[name]
+                if len(once) + len(again) < capacity or self._make_room(known, now):
+                    (again if known else once)[name] = now
+                else:  # not let in
+                    ghosts[name] = None
+                    if len(ghosts) > ghosts_max:
+                        ghosts.popitem(last=False)
+            hits.append(hit)
+        self._now = now
+        return hits
 
-    def _make_room(self, known: bool) -> bool:
+    def _make_room(self, known: bool, now: int) -> bool:
         """False where a new name would be the next to leave itself."""
-        once, again = self._once, self._again
-        while len(once) + len(again) >= self._capacity:
-            oldest = next(iter(again.values())) + self._bias if again else FOREVER
-            if self._closed and not known and len(self) == self._capacity:
+        once, again, ghosts, capacity, bias = self._once, self._again, self._ghosts, self._capacity, self._bias
+        while (held := len(once) + len(again)) >= capacity:
+            if self._closed and not known and held == capacity:
                 return False
-            if once and next(iter(once.values())) <= oldest:
-                self._note(once.popitem(last=False)[0])
-            elif known or oldest <= self._now:
-                self._note(again.popitem(last=False)[0])
+            oldest = again[next(iter(again))] + bias if again and bias < FOREVER else FOREVER
+            if once and (oldest >= FOREVER or once[next(iter(once))] <= oldest):
+                ghosts[once.popitem(last=False)[0]] = None
+            elif known or oldest <= now:
+                ghosts[again.popitem(last=False)[0]] = None
             else:
                 return False
+            if len(ghosts) > self._ghosts_max:
+                ghosts.popitem(last=False)
         return True
-
-    def _note(self, name: int) -> None:
-        """It left, or was not let in."""
-        self._ghosts[name] = None
-        if len(self._ghosts) > GHOSTS * self._capacity:
-            self._ghosts.popitem(last=False)
 
 
 class Shadows:
@@ -163,10 +167,11 @@ class Shadows:
                 self._uses /= self._weight
                 self._weight = 1.0
         self._uses += len(found) * self._weight
+        names = [
+            int.from_bytes(keys[i * KEY_BYTES : i * KEY_BYTES + 8], "little") ^ salt for i in reversed(found)
+        ]  # as name_of has it
         told = False
-        for i in reversed(found):
-            name = name_of(keys[i * KEY_BYTES : i * KEY_BYTES + 8], salt)
-            hits = [shadow.use(name) for shadow in self._shadows]
+        for hits in zip(*[shadow.use(names) for shadow in self._shadows], strict=True):
             if True in hits and False in hits:
                 told = True
                 self._count(hits)

@@ -207,22 +207,25 @@ class SlabAllocator:
         self._used_bytes += len(refs) * slot_bytes
         return refs
 
-    def give(self, ref: SlotRef) -> None:
-        """A slot is FREE again; in a LIVE slab it may be handed out at once."""
-        slab = self._slabs.get(ref.slab_id)
+    def give(self, ref: SlotRef) -> int:
+        """A slot is FREE again; in a LIVE slab it may be handed out at once. Returns how many of its slab are not."""
+        slab_id, slot = ref
+        slab = self._slabs.get(slab_id)
         assert slab is not None, f"slot {ref} is given back to a slab that is gone"
         assert slab.state is not SlabState.MAKING, f"slot {ref} is given back to a slab that is still being made"
-        assert 0 <= ref.slot < slab.geometry.slots, f"slab {ref.slab_id} has no slot {ref.slot}"
-        at = bisect_left(slab.free, -ref.slot, key=operator.neg)
-        assert at == len(slab.free) or slab.free[at] != ref.slot, f"slot {ref} is given back and is already free"
+        geometry, free = slab.geometry, slab.free
+        assert 0 <= slot < geometry.slots, f"slab {slab_id} has no slot {slot}"
+        at = bisect_left(free, -slot, key=operator.neg)
+        assert at == len(free) or free[at] != slot, f"slot {ref} is given back and is already free"
         size_class = self._class_of(slab) if slab.state is SlabState.LIVE else None
         if size_class is not None:
             size_class.remove(slab)
-        slab.free.insert(at, ref.slot)
+        free.insert(at, slot)
         slab.used -= 1
         if size_class is not None:
             size_class.enter(slab)
-        self._used_bytes -= slab.geometry.slot_bytes
+        self._used_bytes -= geometry.slot_bytes
+        return slab.used
 
     # -- what there is ----------------------------------------------------------------------------------------
 

@@ -105,7 +105,7 @@ class SlotTable:
         self.filling -= 1
         slot.owner = owner
         slot.state = SlotState.READY
-        self._set_generation(slot.ref, slot.generation)
+        self._set_generation(slot.ref, slot.base + slot.index)
 
     def abandon(self, slot: Slot) -> None:
         """FILLING to FREE: the filler has answered that it failed, or has been reaped."""
@@ -136,12 +136,12 @@ class SlotTable:
 
     def _free(self, slot: Slot) -> None:
         # Invalid before the allocator can give it to the next filler.
-        self._set_generation(slot.ref, 0)
+        ref = slot.ref
+        self._set_generation(ref, 0)
         slot.state = SlotState.FREE
         slot.pins = 0
         self._by_slab[slot.slab_id][slot.index] = None
-        self._allocator.give(slot.ref)
-        if not self._allocator.slab(slot.slab_id).used:
+        if not self._allocator.give(ref):
             del self._by_slab[slot.slab_id]
         if self.freed is not None:
             self.freed(slot)

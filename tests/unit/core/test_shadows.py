@@ -15,7 +15,7 @@ LRU, AGAIN = Candidate(0), Candidate(FOREVER)
 
 
 def hits(shadow: Shadow, names: Iterable[int]) -> str:
-    return "".join("+" if shadow.use(name) else "-" for name in names)
+    return "".join("+" if hit else "-" for hit in shadow.use(list(names)))
 
 
 def test_without_a_capacity_everything_is_kept() -> None:
@@ -56,7 +56,7 @@ def test_it_never_holds_more_than_its_capacity(candidate: Candidate) -> None:
     for capacity in (50, 10, 30):
         shadow.resize(capacity)
         for _ in range(2000):
-            shadow.use(int(rng.paretovariate(0.5)))
+            shadow.use([int(rng.paretovariate(0.5))])
         assert len(shadow) <= capacity
         assert len(shadow._ghosts) <= GHOSTS * capacity
 
