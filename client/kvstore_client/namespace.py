@@ -356,6 +356,7 @@ class Namespace:
         if serial != session.serial:
             digest = self.spec.digest(session.tenant)
             session.open_namespace(self.spec, digest, deadline_s, self._terms)
+            self._terms = None  # said once: the daemon remembers it, and an operator may have said otherwise since
             self._opened = (session.serial, digest)
             self.connection.learn(digest, self.spec)
         return digest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 
@@ -20,6 +20,7 @@ from kvstore.v1 import types_pb2
 
 _TIERS = {"hot": types_pb2.TIER_HOT, "warm": types_pb2.TIER_WARM, "cold": types_pb2.TIER_COLD}
 _CHECKED = ("checked", "corrupt", "missing", "repaired")
+_UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _ANSWER_MARGIN_S = 5.0  # the daemon answers at its own time-out; ours must not come first
 
 
@@ -44,14 +45,14 @@ def pin(options: Options, key: str, *, pinned: bool) -> int:
 
 
 def set_terms(
-    options: Options, namespace: str, priority: str | None, ttl_s: float | None, sizes: Mapping[str, str | None]
+    options: Options, namespace: str, priority: str | None, ttl: str | None, sizes: Mapping[str, str | None]
 ) -> int:
     """Say how a namespace is treated; what is None stays as it is."""
     terms = types_pb2.NamespaceTerms()
     if priority is not None:
         terms.priority = types_pb2.Priority.Value(f"PRIORITY_{priority.upper()}")
-    if ttl_s is not None:
-        terms.ttl_ms = math.ceil(ttl_s * 1000)
+    if ttl is not None:
+        terms.ttl_ms = round(parse_duration(ttl) * 1000)
     for name, size in sizes.items():
         if size is not None:
             setattr(terms, name, _parsed(size))
@@ -145,6 +146,18 @@ def log_level(options: Options, level: str) -> int:
         reply = client.call("SetLogLevel", pb.SetLogLevelRequest(level=level.lower()))
     _tell(options, reply, f"log level is {reply.level}")
     return 0
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of "90", "90s", "1.5h", "30d".
+
+    Raises:
+        InvalidRequest: it is none.
+    """
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)\s*([smhd]?)", text.strip())
+    if found is None:
+        raise InvalidRequest(f"{text!r} is not a time; write seconds, or a number with s, m, h or d, as 90s or 30d")
+    return float(found[1]) * _UNIT_S[found[2] or "s"]
 
 
 def _parsed(size: str) -> int:

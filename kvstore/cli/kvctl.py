@@ -110,14 +110,14 @@ def unpin(options: Options, key: str) -> int:
 @verb(main, "set")
 @click.argument("namespace")
 @click.option("--priority", type=click.Choice(["low", "normal", "high"]), help="Of a tenant's blocks low leaves first.")
-@click.option("--ttl", metavar="SECONDS", type=click.FloatRange(0), help="Drop what nobody used for so long; 0: never.")
+@click.option("--ttl", metavar="TIME", help="Drop what nobody used for so long (90s, 12h, 30d); 0: never.")
 @click.option("--warm-bytes", metavar="SIZE", help="That it may hold in warm; 0: as much as its tenant.")
 @click.option("--cold-bytes", metavar="SIZE", help="And in cold, as stored.")
 def set_terms(
     options: Options,
     namespace: str,
     priority: str | None,
-    ttl: float | None,
+    ttl: str | None,
     warm_bytes: str | None,
     cold_bytes: str | None,
 ) -> int:

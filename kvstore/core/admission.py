@@ -73,6 +73,14 @@ class Admission:
         self.counts.refused_first_use += not self.writes_all
         return self.writes_all
 
+    def mark(self) -> tuple[float, float, int]:
+        """How things stand; see `back_to`."""
+        return self._tokens, self._judged, self.counts.refused_first_use
+
+    def back_to(self, mark: tuple[float, float, int]) -> None:
+        """What was judged since cannot be written after all, and will be judged again."""
+        self._tokens, self._judged, self.counts.refused_first_use = mark
+
     def settle(self, nbytes: int, stored_bytes: int) -> None:
         """A block was written in fewer bytes than were taken for it, or not at all."""
         self._tokens += nbytes - stored_bytes

@@ -12,7 +12,6 @@ from kvstore.core.numbers import numbers
 from kvstore.core.slots import Slot
 
 if TYPE_CHECKING:
-    from kvstore.core.own import OwnOrder
     from kvstore.core.policy import EvictionPolicy
 
 
@@ -31,13 +30,24 @@ HOT, WARM, COLD = int(Copies.HOT), int(Copies.WARM), int(Copies.COLD)
 REFUSED = 16  # in `spare` beside the tiers: it is not to be saved to cold
 PREFETCHED = 8  # in `spare` beside the tiers: its warm copy was loaded on a hint, and nobody has come for it yet
 
-# Who leaves first, see core.orders: the lowest.
-SPARE, LOW, NORMAL, HIGH, PINNED = range(5)
+# Priorities: blocks of a lower one leave first.
+LOW, NORMAL, HIGH, PINNED = range(4)
 
-# The usual level has the lowest bits: numbers up to 256 are no objects of their own in memory.
-_UNITS = (8, 64, 1, 512, 4096)  # by level
-MARKS = tuple(tuple(tier * unit for unit in _UNITS) for tier in range(COLD + 1))  # by tier and level, as mark_of
-_OWN_UNIT = 32768  # of the order that a namespace with a limit of its own has beside
+# A standing says in which order of a place a block stands (core.orders): its priority, whether its copy is settled (in
+# a tier where it is spare it stands one lower), and whether it stands in a group of its namespace's own.
+SETTLED, OWN = 1, 8
+
+
+def standing_of(level: int, own: bool = False) -> int:
+    """The standing of settled copies of blocks of a priority."""
+    return 2 * level + SETTLED + OWN * own
+
+
+# The usual standings have the lowest bits: numbers up to 256 are no objects of their own in memory.
+_USUAL = (standing_of(NORMAL), standing_of(NORMAL) - SETTLED)
+_ORDERED = (*_USUAL, *(standing for standing in range(16) if standing not in _USUAL))
+MARKS = tuple(tuple(tier << 3 * _ORDERED.index(standing) for standing in range(16)) for tier in range(COLD + 1))
+"""The bit of each order in Block.queued, by tier and standing."""
 
 
 # Block._sums: the checksum, whether there is one, stored_bytes.
@@ -68,7 +78,6 @@ class Block:
         "epoch",
         "hits",
         "key",
-        "level",
         "lossy",
         "marks",
         "namespace",
@@ -76,6 +85,7 @@ class Block:
         "queued",
         "slot",
         "spare",
+        "standing",
         "touched",
     )
 
@@ -90,7 +100,7 @@ class Block:
         self.touched = 0  # stamp of the last use
         self.queued = 0  # marks of the orders that have an entry for this block
         self.marks = 0  # ORPHAN | REUSED | SAVING
-        self.level = namespace.level
+        self.standing = namespace.standing  # where it is not spare
         self.spare = 0  # tiers whose copy leaves before all others; REFUSED, PREFETCHED
         self.hits = 0
         self.parent: Block | None = None
@@ -147,6 +157,11 @@ class Block:
         self._sums = self._sums & (_SUM_MASK | _SUM_KNOWN) | value << _STORED_SHIFT
 
     @property
+    def level(self) -> int:
+        """Its priority: LOW, NORMAL, HIGH or PINNED."""
+        return self.standing >> 1 & 3
+
+    @property
     def orphan(self) -> bool:
         """Whether a hole is above it."""
         return bool(self.marks & ORPHAN)
@@ -186,8 +201,8 @@ class Block:
 
     def stands(self, tier: int, mark: int) -> bool:
         """Whether it belongs into the order of a tier that has this mark."""
-        return self.copies & tier != 0 and (
-            tier * _UNITS[SPARE if self.spare & tier else self.level] == mark or mark >= _OWN_UNIT
+        return (
+            self.copies & tier != 0 and MARKS[tier][self.standing ^ 1 if self.spare & tier else self.standing] == mark
         )
 
     @property
@@ -323,26 +338,21 @@ class Namespace:
     layout: str = ""
     cold_codec: str = ""  # a lossy one that its owner asked for; empty: none
     epoch: int = 0
-    level: int = NORMAL  # of its new blocks: LOW, NORMAL or HIGH
+    standing: int = standing_of(NORMAL)  # of its new blocks
+    leaving_bytes: int = 0  # of its blocks in warm that are on their way out
     blocks: Blocks = field(default_factory=Blocks)
     orders: dict[int, EvictionPolicy] = field(default_factory=dict)  # those that its blocks stand in, by mark
-    own: dict[int, OwnOrder] = field(default_factory=dict)  # by tier in which it has a limit of its own
     salt: int = field(init=False)  # tells equal keys of two namespaces apart; its lowest eight bits are 0
+
+    @property
+    def level(self) -> int:
+        """The priority of its new blocks."""
+        return self.standing >> 1 & 3
 
     def __post_init__(self) -> None:
         self.salt = int.from_bytes(self.digest[:8], "little") & ~0xFF
 
 
-def level_of(block: Block, tier: int) -> int:
-    """The level at which it stands in a tier."""
-    return SPARE if block.spare & tier else block.level
-
-
-def mark_of(tier: int, level: int) -> int:
-    """The bit of a tier and level in `queued`."""
-    return tier * _UNITS[level]
-
-
-def own_mark_of(tier: int) -> int:
-    """The bit in `queued` of a namespace's own order in a tier."""
-    return tier * _OWN_UNIT
+def standing_in(block: Block, tier: int) -> int:
+    """Where it stands in a tier."""
+    return block.standing ^ 1 if block.spare & tier else block.standing

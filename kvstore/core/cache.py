@@ -19,7 +19,7 @@ from kvstore.core.reads import Reads, ReadSettings
 from kvstore.core.residency import Limits, Residency
 from kvstore.core.slabs import SlabAllocator, SlotRef
 from kvstore.core.slots import SlotTable
-from kvstore.core.terms import TermsKeeper
+from kvstore.core.terms import Terms, TermsKeeper
 from kvstore.protocol.errors import InvalidRequest, NotFound
 from kvstore.protocol.slab import slab_target_bytes, slot_bytes_for
 
@@ -76,8 +76,10 @@ class BlockCache:
 
     # -- namespaces -------------------------------------------------------------------------------------------
 
-    def open_namespace(self, digest: bytes, shape: NamespaceShape, epoch: int = 0) -> Namespace:
-        """The namespace, made on first use.
+    def open_namespace(
+        self, digest: bytes, shape: NamespaceShape, epoch: int = 0, terms: Terms | None = None
+    ) -> Namespace:
+        """The namespace, made on first use and then treated as `terms` say.
 
         Raises:
             InvalidRequest: not one block would fit the warm tier.
@@ -102,6 +104,8 @@ class BlockCache:
                 epoch,
             )
             self.index.namespaces[digest] = namespace
+            if terms is not None:
+                self.terms.set(namespace, terms)
         return namespace
 
     def namespace(self, digest: bytes, tenant: str) -> Namespace:
@@ -166,12 +170,12 @@ class BlockCache:
         return blocks, freed
 
     def find_prefix(self, prefix: bytes, tenant: str, digest: bytes, limit: int) -> list[Block]:
-        """Blocks (holes too) of a tenant whose key starts with `prefix`, at most `limit`."""
+        """Blocks (holes too) of a tenant whose key starts with `prefix` (a byte at least), at most `limit`."""
         found: list[Block] = []
         for namespace in self.index.namespaces.values():
             if namespace.tenant != tenant or (digest and namespace.digest != digest):
                 continue
-            for key, block in namespace.blocks.items():
+            for key, block in namespace.blocks.shards[prefix[0]].items():
                 if key.startswith(prefix):
                     found.append(block)
                     if len(found) == limit:

@@ -102,6 +102,8 @@ class Index:
         if block is None:
             block = namespace.blocks.shards[key[0]][key] = Block(namespace, key, parent)
         else:
+            if not block.copies:  # what was said of the block that is lost is not said of this one
+                block.standing = namespace.standing
             self._adopt(block, parent)
         return block
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from kvstore.core.block import WARM, Block, Namespace
+from kvstore.core.block import PINNED, WARM, Block, Namespace
 from kvstore.core.fair import payers
 from kvstore.core.slots import Slot, SlotState
 
@@ -31,17 +31,22 @@ class Lending:
         The engine unmaps it and calls `allocator.retired`. None where every such slab is in use, or its tenant's share.
         """
         asked = self._payers_warm(tenant, slot_size)
-        for slab in self._residency.allocator.donors(tenant, slot_size):
-            if lender is not None and (slab.tenant, slab.geometry.slot_bytes) != lender:
-                continue
-            slots = self._residency.slots.in_slab(slab.slab_id)
-            if (slab.tenant in asked or not slots) and all(self._may_be_moved(slot) for slot in slots):
-                for slot in slots:
-                    if slot.state != SlotState.FREE:  # it may have gone with an earlier one's subtree
-                        self._drop_with_subtree(slot)
-                self._residency.allocator.retire(slab.slab_id)
-                return slab.slab_id
+        # What is pinned goes with a slab only where there is no other, and never so that a class has one more.
+        for pins in (False,) if lender is not None else (False, True):
+            for slab in self._residency.allocator.donors(tenant, slot_size):
+                if lender is not None and (slab.tenant, slab.geometry.slot_bytes) != lender:
+                    continue
+                slots = self._residency.slots.in_slab(slab.slab_id)
+                if (slab.tenant in asked or not slots) and all(self._may_be_moved(slot, pins) for slot in slots):
+                    self._empty(slots)
+                    self._residency.allocator.retire(slab.slab_id)
+                    return slab.slab_id
         return None
+
+    def _empty(self, slots: Iterable[Slot]) -> None:
+        for slot in slots:
+            if slot.state != SlotState.FREE:  # it may have gone with an earlier one's subtree
+                self._drop_with_subtree(slot)
 
     def lender(self, borrower: ClassKey) -> ClassKey | None:
         """A class whose next victim has been unused for much longer than the borrower's, or None.
@@ -72,15 +77,20 @@ class Lending:
             yield from self._cursors[key]
             del self._cursors[key]
 
-    def _may_be_moved(self, slot: Slot) -> bool:
+    def _may_be_moved(self, slot: Slot, pins: bool = True) -> bool:
+        """`pins`: also what is pinned softly."""
         block = slot.owner
         if slot.state != SlotState.READY or slot.pins or not isinstance(block, Block) or block.saving:
+            return False
+        if block.level == PINNED and not pins:
             return False
         if block.copies != WARM or block.below is None:
             return True
         return not any(
-            b.saving or (b.slot is not None and (b.slot.pins or b.slot.state != SlotState.READY))
-            for b in block.subtree()
+            below.saving
+            or (below.level == PINNED and not pins)
+            or (below.slot is not None and (below.slot.pins or below.slot.state != SlotState.READY))
+            for below in block.subtree()
         )
 
     def _drop_with_subtree(self, slot: Slot) -> None:
@@ -92,8 +102,8 @@ class Lending:
             self._residency.dropped_unsaved += 1
             self._residency.forget_all(block.subtree())
 
-    def force(self, namespace: Namespace) -> bool:
-        """Drop a block although it is nobody's turn: no leaf may leave.
+    def force(self, namespace: Namespace, own: bool) -> bool:
+        """Drop a block although it is nobody's turn: no leaf may leave. `own`: one of the namespace itself.
 
         First one that another tier has too: a prefix longer than warm is stored with its end pinned, and all the rest
         hangs on that. Else one that has to be saved first, with what hangs on it below: where cold is down or takes
@@ -104,11 +114,15 @@ class Lending:
             block = slot.owner
             if slot.pins or slot.state != SlotState.READY or not isinstance(block, Block) or block.slot is not slot:
                 continue
+            if own and block.namespace is not namespace:
+                continue
             if block.copies != WARM and not block.saving:
                 self._residency.evict_warm(block)
                 return True
         for dirty in islice(self._residency.dirty, _FORCE_LOOK):
             held, other = dirty.slot, dirty.namespace
+            if own and other is not namespace:
+                continue
             if (other.tenant, other.slot_bytes) == key and held is not None and self._may_be_moved(held):
                 self._drop_with_subtree(held)
                 return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -48,13 +48,24 @@ class Moves:
         residency = self._residency
         if not residency.up[COLD] or not residency.dirty:
             return False
-        return bool(residency.urgent) or residency.leaving_bytes < self._leaving_wanted()
+        return (
+            bool(residency.urgent)
+            or residency.leaving_bytes < self._leaving_wanted()
+            or any(namespace.leaving_bytes < nbytes for namespace, nbytes in self._leaving_wanted_of())
+        )
 
     def _leaving_wanted(self) -> int:
         """Bytes of warm that should be on their way out."""
         budget = self._residency.budgets[WARM]
         wanted = max(int(SAVE_AHEAD * budget.capacity_bytes), 2 * self._residency.demand_bytes)
         return min(wanted, budget.capacity_bytes // 2) - (budget.capacity_bytes - budget.used_bytes)
+
+    def _leaving_wanted_of(self) -> Iterator[tuple[Namespace, int]]:
+        """The same for each namespace that has a limit of its own there."""
+        budget = self._residency.budgets[WARM]
+        for namespace, limit in budget.namespace_limits.items():
+            wanted = max(int(SAVE_AHEAD * limit), 2 * namespace.slot_bytes)
+            yield namespace, min(wanted, limit // 2) - (limit - budget.by_namespace.get(namespace, 0))
 
     def begin_saves(self, count: int, nbytes: int, now_s: float = 0.0, *, newest_first: bool = False) -> list[Copy]:
         """Up to `count` blocks of up to `nbytes` together (at least one), pinned until `saved`.
@@ -69,17 +80,20 @@ class Moves:
         if self._put_off:
             self._put_off = {block: None for block in self._put_off if block in self._residency.dirty}
         batch: list[Copy] = []
-        crowded: set[ClassKey] = set()  # no room below, and nothing that may leave: the others must not wait for it
+        # No room below, and nothing that may leave: the others must not wait for it.
+        crowded: set[ClassKey | Namespace] = set()
         choose = self._newest if newest_first else self._closest_to_leave
         while not self._condemned and len(batch) < count and (found := choose(count - len(batch), crowded)):
             for block in found:
                 if batch and nbytes < slot_bytes(block):
                     return batch
+                before = self._residency.admission.mark()
                 if not self._admits(block, now_s, newest_first):
                     self._residency.refuse_save(block)
                     continue
                 if not self._reserve(COLD, block):
-                    crowded.add(_class_of(block))
+                    self._residency.admission.back_to(before)
+                    crowded.add(self._crowd_of(block))
                     continue
                 nbytes -= slot_bytes(block)
                 batch.append(self._begin_save(block))
@@ -110,10 +124,35 @@ class Moves:
         self._under_way_bytes += nbytes
         return Copy(block, slot)
 
-    def _closest_to_leave(self, count: int, crowded: Container[ClassKey]) -> list[Block]:
+    def _crowd_of(self, block: Block) -> ClassKey | Namespace:
+        """Those for whom there is no room where there is none for the block."""
+        budget, namespace = self._residency.budgets[COLD], block.namespace
+        own = budget.over_namespace_limit(namespace, namespace.block_nbytes)
+        return namespace if own else _class_of(block)
+
+    def let_leave(self, nbytes: int, of: Namespace | None = None) -> None:
+        """Have the order say what leaves next until `nbytes` do; `of`: one that has a limit of its own.
+
+        Only they are saved, and only they leave, so what is saved is what leaves.
+        """
+        residency = self._residency
+        for _ in range(_LEAVE_BLOCKS):
+            if (residency if of is None else of).leaving_bytes >= nbytes:
+                return
+            if of is None:
+                block = residency.orders.oldest(WARM, _is_idle, settled=True)
+            else:
+                block = residency.orders.own_victim(of, WARM, _is_idle, settled=True)
+            if block is None:
+                return
+            residency.sentence(block)
+
+    def _closest_to_leave(self, count: int, crowded: Container[ClassKey | Namespace]) -> list[Block]:
         """What leaves warm next, in that order. What the cold tier did not take goes last."""
         residency = self._residency
-        residency.let_leave(self._leaving_wanted(), _LEAVE_BLOCKS)
+        self.let_leave(self._leaving_wanted())
+        for namespace, nbytes in self._leaving_wanted_of():
+            self.let_leave(nbytes, namespace)
         fresh = (block for block in residency.urgent if block not in self._put_off)
         again = (block for block in self._put_off if block in residency.urgent)
         # Not one more than is wanted: there may be tens of thousands, and the engine's lock is held.
@@ -129,7 +168,7 @@ class Moves:
             found.update(dict.fromkeys(reversed(path)))
         return list(islice(found, count))
 
-    def _newest(self, count: int, crowded: Container[ClassKey]) -> list[Block]:
+    def _newest(self, count: int, crowded: Container[ClassKey | Namespace]) -> list[Block]:
         """By last use, each with what is above it and not saved yet, from the root on."""
         found: dict[Block, None] = {}
         seen: set[Block] = set()
@@ -152,7 +191,7 @@ class Moves:
             return self._newest(count, crowded)
         return list(islice(found, count))
 
-    def _may_save(self, block: Block, crowded: Container[ClassKey]) -> bool:
+    def _may_save(self, block: Block, crowded: Container[ClassKey | Namespace]) -> bool:
         slot = block.slot
         return (
             block in self._residency.dirty
@@ -161,6 +200,7 @@ class Moves:
             and slot.state is SlotState.READY
             and _ref(block) not in self._under_way
             and _class_of(block) not in crowded
+            and block.namespace not in crowded
         )
 
     def saved(self, copy: Copy, stored_bytes: int | None, lossy: bytes = b"") -> None:
@@ -268,6 +308,11 @@ class Moves:
         namespace = copy.block.namespace
         self._residency.slots.unpin(copy.slot)
         self._residency.budgets[tier].remove(namespace, namespace.block_nbytes)
+
+
+def _is_idle(block: Block) -> bool:
+    slot = block.slot
+    return slot is not None and not slot.pins
 
 
 def _ref(block: Block) -> BelowRef:

@@ -55,4 +55,4 @@ class EvictionPolicy(Protocol):
 
 
 PolicyFactory: TypeAlias = Callable[[int, int], EvictionPolicy]
-"""Makes an order for a tier (HOT, WARM or COLD of core.block), with its bit in `Block.queued` (core.block.mark_of)."""
+"""Makes an order for a tier (HOT, WARM or COLD of core.block), with its bit in `Block.queued` (core.block.MARKS)."""

@@ -86,12 +86,12 @@ class Reads:
         return self._by_tier(namespace, keys, found)
 
     def match(self, namespace: Namespace, keys: bytes) -> MatchResult:
-        """Longest stored prefix of packed keys; pins nothing, notes the use."""
+        """Longest stored prefix of packed keys; pins nothing, and in a chain notes the use."""
         found = self.stored_prefix(namespace, keys)
         self.match_lookups += len(keys) // KEY_BYTES
         self.match_hit_blocks += found
-        for i in range(max(0, found - 1) if namespace.chain else 0, found):
-            self._residency.touch(namespace.blocks[keys[i * KEY_BYTES : (i + 1) * KEY_BYTES]])
+        if found and namespace.chain:  # of a set each block would have to be touched: only a lease does
+            self._residency.touch(namespace.blocks[keys[(found - 1) * KEY_BYTES : found * KEY_BYTES]])
         return self._by_tier(namespace, keys, found)
 
     def _by_tier(self, namespace: Namespace, keys: bytes, found: int) -> MatchResult:

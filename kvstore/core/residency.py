@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvstore.core.admission import Admission
-from kvstore.core.block import COLD, HOT, PREFETCHED, REFUSED, REUSED, SAVING, SPARE, WARM, Block, Namespace
+from kvstore.core.block import COLD, HOT, PREFETCHED, REFUSED, REUSED, SAVING, WARM, Block, Namespace
 from kvstore.core.budget import Budget
 from kvstore.core.fair import payers
 from kvstore.core.index import KEY_BYTES, Index
@@ -154,7 +154,7 @@ class Residency:
         budget = self.budgets[WARM]
         self.demand_bytes = max(wanted * namespace.slot_bytes, self.demand_bytes - self.demand_bytes // _DEMAND_FADES)
         found: list[Slot] = []
-        settled = 1 << 62
+        settled, putting = 1 << 62, bool(keys)
         while len(found) < wanted:
             missing = wanted - len(found)
             over = budget.missing(namespace, missing * namespace.slot_bytes)
@@ -164,15 +164,17 @@ class Residency:
             budget.add(namespace, len(refs) * namespace.slot_bytes)
             if refs or (room > 0 and self.grow(namespace.tenant, namespace.slot_bytes)):
                 continue
-            made, refused = self._make_way(namespace, missing, keys[len(found) :], older_than)
+            made, refused = self._make_way(namespace, missing, keys[len(found) :], older_than, putting)
             if made:
                 continue
-            if not refused or not self.up[COLD]:
+            if not refused or not keys or not self.up[COLD]:
                 return Taken(found, refused, settled)
             settled, keys = len(found), ()
         return Taken(found, settled=settled)
 
-    def _make_way(self, namespace: Namespace, blocks: int, keys: Sequence[bytes], older_than: int) -> tuple[int, bool]:
+    def _make_way(
+        self, namespace: Namespace, blocks: int, keys: Sequence[bytes], older_than: int, putting: bool
+    ) -> tuple[int, bool]:
         """Drop up to `blocks` warm blocks for as many new ones; returns how many, and whether a new one was refused."""
         orders, allowed, place = self.orders, self.may_leave_warm, (namespace.tenant, namespace.slot_bytes)
         for done in range(blocks):
@@ -181,12 +183,16 @@ class Residency:
             if victim is None and self.budgets[WARM].over_tenant_limit(namespace, namespace.slot_bytes) and not own:
                 # What it is over by may lie in other classes.
                 victim = orders.oldest(WARM, allowed, (namespace.tenant,))
-            refused = victim is not None and bool(keys) and not orders.admits(namespace, keys[done], victim, WARM)
-            if victim is None and older_than == _ANY_AGE and not own and self.lending.force(namespace):
+            refused = victim is not None and (
+                (bool(keys) and not orders.admits(namespace, keys[done], victim, WARM))
+                # What passes through, or is loaded, does not push out what is of higher priority for long.
+                or (victim.level > namespace.level and (putting or not victim.spare & WARM))
+            )
+            if victim is None and older_than == _ANY_AGE and self.lending.force(namespace, own):
                 continue
             if victim is None or refused or victim.touched >= older_than:
                 if keys and not done:
-                    orders.of(namespace, WARM, namespace.level).refuse(namespace, keys)
+                    orders.of(namespace, WARM).refuse(namespace, keys)
                 return done, refused
             self.evict_warm(victim)
             self.pressed[place] = None
@@ -203,7 +209,8 @@ class Residency:
         if not saved and self.budgets[COLD].capacity_bytes:  # for nothing otherwise, in 42 to 84 bytes a block
             self.dirty[block] = None
         if block.spare & WARM:
-            self.leaving_bytes += slot_bytes(block) if block.hits >= _PASSED else 0
+            if block.hits >= _PASSED:
+                self._count_leaving(block, 1)
             if not saved:
                 self.urgent[block] = None
         self.orders.insert(block, WARM)
@@ -249,27 +256,23 @@ class Residency:
         self.orders.set_spare(block, WARM, leaving)
         if block.copies & WARM:
             if block.hits >= _PASSED:
-                nbytes = block.namespace.slot_bytes
-                self.leaving_bytes += nbytes if leaving else -nbytes
+                self._count_leaving(block, 1 if leaving else -1)
             self.urgent.pop(block, None)
             if leaving and block in self.dirty:
                 self.urgent[block] = None
 
-    def let_leave(self, nbytes: int, count: int) -> None:
-        """Have the order say what leaves next, up to `count` blocks, until `nbytes` are leaving.
+    def _count_leaving(self, block: Block, blocks: int) -> None:
+        namespace = block.namespace
+        self.leaving_bytes += blocks * namespace.slot_bytes
+        namespace.leaving_bytes += blocks * namespace.slot_bytes
 
-        Only they are saved, and only they leave, so what is saved is what leaves. A hit until then brings a block back.
-        """
-        while self.leaving_bytes < nbytes and count > 0:
-            block = self.orders.oldest(WARM, self._is_idle, level_min=SPARE + 1)
-            if block is None:
-                return
-            block.hits = _PASSED
-            if block.spare & REFUSED:  # by a budget that may have recovered since
-                block.spare &= ~REFUSED
-                self.dirty[block] = None
-            self.set_leaving(block, leaving=True)
-            count -= 1
+    def sentence(self, block: Block) -> None:
+        """Its warm copy is the next to leave, after it was saved. A hit until then brings it back."""
+        block.hits = _PASSED
+        if block.spare & REFUSED:  # by a budget that may have recovered since
+            block.spare &= ~REFUSED
+            self.dirty[block] = None
+        self.set_leaving(block, leaving=True)
 
     def evict_warm(self, block: Block) -> None:
         """Drop a warm copy for room."""
@@ -294,7 +297,7 @@ class Residency:
             block.checksum = block.lossy
         self.orders.remove(block, WARM)
         if block.spare & WARM and block.hits >= _PASSED:
-            self.leaving_bytes -= block.namespace.slot_bytes
+            self._count_leaving(block, -1)
         if block.hits >= _PASSED or not block.spare & WARM:
             block.hits = 0
         if block.spare & PREFETCHED:
@@ -331,10 +334,6 @@ class Residency:
     def oldest_warm(self) -> Block | None:
         """The block whose warm copy would leave next, over all size classes."""
         return self.orders.oldest(WARM, self.may_leave_warm)
-
-    def _is_idle(self, block: Block) -> bool:
-        slot = block.slot
-        return slot is not None and not slot.pins
 
     def may_leave_warm(self, block: Block) -> bool:
         """Whether nothing holds its warm copy."""
@@ -405,7 +404,7 @@ class Residency:
         victim = self._victim_below(COLD, namespace if own else (namespace.tenant,), spare_ahead=True)
         if victim is None or self.orders.admits(namespace, block.key, victim, COLD):
             return True
-        self.orders.of(namespace, COLD, namespace.level).refuse(namespace, (block.key,))
+        self.orders.of(namespace, COLD).refuse(namespace, (block.key,))
         self.admission.counts.refused_order += 1
         return False
 
@@ -460,19 +459,9 @@ class Residency:
         self.drop_below(block, tier)
         self.index.lost(block)
 
-    def evict_own(self, namespace: Namespace, tier: int) -> bool:
-        """Drop a copy of a namespace that has a limit of its own in WARM or COLD; False where none may go."""
-        if tier == WARM:
-            block = self.orders.own_victim(namespace, WARM, self.may_leave_warm)
-        else:
-            block = self._victim_below(tier, namespace, spare_ahead=False)
-        if block is not None:
-            self.evict_warm(block) if tier == WARM else self.evict_below(block, tier)
-        return block is not None
-
-    def oldest_below(self, tier: int) -> Block | None:
-        """The block whose copy in HOT or COLD would leave next."""
-        return self._victim_below(tier, None, spare_ahead=False)
+    def oldest_below(self, tier: int, of: Namespace | None = None) -> Block | None:
+        """The block whose copy in HOT or COLD would leave next; `of`: one that has to make room for itself."""
+        return self._victim_below(tier, of, spare_ahead=False)
 
     def _may_leave_below(self, block: Block, tier: int) -> bool:
         slot = block.slot

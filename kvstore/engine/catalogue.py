@@ -88,9 +88,7 @@ class Catalogue:
             OSError: the disk refuses. The old terms stay.
         """
         with self._lock:
-            entry = self.entries.get(digest)
-            if entry is None:
-                return
+            entry = self.entries[digest]
             before = types_pb2.NamespaceTerms()
             before.CopyFrom(entry.terms)
             entry.terms.CopyFrom(terms)

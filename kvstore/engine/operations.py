@@ -143,9 +143,10 @@ class Operations:
     def _treat(self, namespace: Namespace, said: types_pb2.NamespaceTerms) -> types_pb2.NamespaceTerms:
         with self._treating:  # two at once would leave memory and disk at different terms
             entry = self._catalogue.entries.get(namespace.digest)
-            before = entry.terms if entry is not None else types_pb2.NamespaceTerms()
-            terms = merged(before, said, namespace.slot_bytes)
-            if terms != before:  # every worker that opens the namespace says the same
+            if entry is None:
+                raise Unavailable("the namespace could not be written to the state directory, and its terms cannot be")
+            terms = merged(entry.terms, said, namespace.slot_bytes)
+            if terms != entry.terms:  # every worker that opens the namespace says the same
                 try:
                     self._catalogue.set_terms(namespace.digest, terms)
                 except OSError as error:

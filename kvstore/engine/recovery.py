@@ -11,7 +11,7 @@ from kvstore.core.block import COLD, Namespace
 from kvstore.core.cache import BlockCache, NamespaceShape, RecoveredBlock
 from kvstore.engine.catalogue import Catalogue
 from kvstore.engine.mover import DurableTier
-from kvstore.engine.treatment import core_terms, merged
+from kvstore.engine.treatment import core_terms
 from kvstore.protocol.convert import from_proto
 from kvstore.protocol.errors import InvalidRequest, KVStoreError, Unavailable
 from kvstore.protocol.namespace import NamespaceSpec
@@ -86,10 +86,8 @@ def recover(cache: BlockCache, catalogue: Catalogue, records: Iterable[StoredRec
 
 def _reopen(cache: BlockCache, entry: admin_pb2.NamespaceInfo) -> Namespace | None:
     try:
-        namespace = cache.open_namespace(entry.namespace, shape_of(entry.tenant, from_proto(entry.spec)), entry.epoch)
-        if entry.HasField("terms"):
-            cache.terms.set(namespace, core_terms(merged(entry.terms, entry.terms, namespace.slot_bytes)))
-        return namespace
+        shape = shape_of(entry.tenant, from_proto(entry.spec))
+        return cache.open_namespace(entry.namespace, shape, entry.epoch, core_terms(entry.terms))
     except InvalidRequest as error:
         _log.warning("namespace %s is left out: %s", entry.namespace[:8].hex(), error)
         return None

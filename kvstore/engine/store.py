@@ -39,6 +39,7 @@ from kvstore.engine.replies import lease_reply
 from kvstore.engine.sessions import Peer, Session, Sessions
 from kvstore.engine.slab_keeper import SlabKeeper
 from kvstore.engine.snapshot import Snapshots
+from kvstore.engine.treatment import core_terms
 from kvstore.protocol.errors import InvalidRequest, KVStoreError, LeaseExpired, QuotaExceeded, Unavailable
 from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.tiers.warm import SlabInfo, WarmPool
@@ -240,13 +241,13 @@ class Store(Operations):
         digest = spec.digest(session.tenant)
         with self._lock:
             known = self._catalogue.entries.get(digest)
-            epoch = known.epoch if known is not None else 0
-            namespace = self._cache.open_namespace(digest, shape_of(session.tenant, spec), epoch)
+            epoch, said = (known.epoch, core_terms(known.terms)) if known is not None else (0, None)
+            namespace = self._cache.open_namespace(digest, shape_of(session.tenant, spec), epoch, said)
         try:
             self._catalogue.add(digest, session.tenant, spec, namespace.epoch)
         except OSError as error:  # it works; its cold blocks are swept at the next start
             _log.warning("cannot remember namespace %s: %s", digest[:8].hex(), error)
-        if terms is not None:
+        if terms is not None and digest in self._catalogue.entries:
             self._treat(namespace, terms)
         self._slabs.expect(namespace)
         return namespace

@@ -7,7 +7,7 @@ from kvstore.core.terms import Terms
 from kvstore.protocol.errors import InvalidRequest
 from kvstore.v1 import types_pb2
 
-_LEVELS = {
+_LEVELS: dict[int, int] = {
     types_pb2.PRIORITY_UNSPECIFIED: NORMAL,
     types_pb2.PRIORITY_LOW: LOW,
     types_pb2.PRIORITY_NORMAL: NORMAL,
@@ -41,4 +41,4 @@ def merged(
 def core_terms(terms: types_pb2.NamespaceTerms) -> Terms:
     """For the core."""
     limits = {WARM: terms.warm_bytes, COLD: terms.cold_bytes}
-    return Terms(_LEVELS[terms.priority], terms.ttl_ms / 1000, {tier: limit for tier, limit in limits.items() if limit})
+    return Terms(_LEVELS.get(terms.priority, NORMAL), terms.ttl_ms / 1000, limits)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from kvstore.protocol import convert
-from kvstore.protocol.errors import DeadlineExceeded
+from kvstore.protocol.errors import DeadlineExceeded, PermissionDenied
 from kvstore.protocol.frames import Method
 from kvstore.transport import checks
 from kvstore.transport.engine import DataEngine, SessionView
@@ -78,6 +78,8 @@ class Handlers:
     ) -> pb.OpenNamespaceResponse:
         """Open a namespace of the session's tenant."""
         terms = request.terms if request.HasField("terms") else None
+        if terms is not None and (terms.HasField("warm_bytes") or terms.HasField("cold_bytes")):
+            raise PermissionDenied("what a namespace may hold is for operators to say: kvctl set")
         state = self._engine.open_namespace(session, convert.from_proto(request.spec), terms)
         return pb.OpenNamespaceResponse(namespace=state.digest, block_nbytes=state.block_nbytes, epoch=state.epoch)
 

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 from core_world import World
-from kvstore.core.block import COLD, HOT, REFUSED, WARM, Block, Namespace, level_of, mark_of, own_mark_of
+from kvstore.core.block import COLD, HOT, MARKS, REFUSED, WARM, Block, Namespace, standing_in
+from kvstore.core.leaf_lru import Entry, LeafLru
+from kvstore.core.policy import EvictionPolicy
 from kvstore.core.residency import _PASSED
 from kvstore.core.slots import Slot, SlotState
 
@@ -212,11 +214,40 @@ def check_orders(world: World) -> None:
                 continue
             free = residency.may_leave_warm(block) if tier == WARM else residency._may_leave_below(block, tier)
             spared = tier == COLD and block in residency._spared
-            mark = mark_of(tier, level_of(block, tier))
+            mark = MARKS[tier][standing_in(block, tier)]
             assert not free or block.queued & mark or spared, "it may leave, and no order has it"
-            own = block.namespace.own.get(tier)
-            if own is not None and free and not spared and own.has(block):
-                assert block.queued & own_mark_of(tier), "it may leave, and its namespace's own order has it not"
+    check_entries(world)
+
+
+def check_entries(world: World) -> None:
+    """Each order has the blocks that say so, and knows how many stand there; each block stands where it should."""
+    held = Counter[int]()
+    entered: dict[int, set[Block]] = {}
+    orders: dict[int, EvictionPolicy] = {}
+    blocks = every_block(world)
+    for block in blocks:
+        for tier in (HOT, WARM, COLD):
+            if block.copies & tier:
+                order = block.namespace.orders[MARKS[tier][standing_in(block, tier)]]
+                held[id(order)] += 1
+        for mark, order in block.namespace.orders.items():
+            orders[id(order)] = order
+            if id(order) not in entered:
+                entered[id(order)] = {entry[2] for entry in entries_of(order)}
+            assert not block.queued & mark or block in entered[id(order)], "a mark without an entry"
+    for number, order in orders.items():
+        assert order._live == held[number], "an order has lost count"  # type: ignore[attr-defined]
+
+
+def every_block(world: World) -> list[Block]:
+    """Also what was cleared and is not emptied yet."""
+    condemned = [block for shard in world.cache.moves._condemned for block in shard.values()]
+    return list(dict.fromkeys([*all_blocks(world), *condemned, *world.cache.moves._reaping]))
+
+
+def entries_of(order: EvictionPolicy) -> list[Entry]:
+    """Entries of a leaf-lru or an adaptive order."""
+    return order._heap if isinstance(order, LeafLru) else [*order._once, *order._again]  # type: ignore[attr-defined]
 
 
 def check_nothing_left(world: World) -> None:

@@ -178,3 +178,40 @@ def test_terms_survive_a_kill(start_daemon: StartDaemon) -> None:
         assert terms_of(daemon, space) == before
         assert daemon.tier("cold").used_bytes <= 10 * BLOCK_NBYTES
         eventually(lambda: daemon.tier("cold").blocks == 0, "what was recovered to expire")
+
+
+def test_terms_hold_after_a_restart_without_a_cold_tier(daemon: DaemonProcess, client: Client) -> None:
+    """Regression: they were applied where cold blocks were recovered only, and listed all the same."""
+    space = namespace(client, "kept", ttl_s=2.0)
+    store(space, 2)
+    daemon.kill()
+    daemon.start()
+    attach_again(client)
+    store(space, 20)
+    eventually(lambda: daemon.tier("warm").blocks == 0, "the blocks to expire")
+
+
+def test_an_operators_word_outlasts_a_restart(daemon: DaemonProcess, client: Client) -> None:
+    """Regression: a worker that attached again said once more what it had said at first."""
+    space = namespace(client, "kept", priority="low")
+    treat(daemon, space, priority=types_pb2.PRIORITY_HIGH)
+    daemon.kill()
+    daemon.start()
+    attach_again(client)
+    store(space, 2)
+    assert terms_of(daemon, space) == types_pb2.NamespaceTerms(priority=types_pb2.PRIORITY_HIGH)
+
+
+def test_a_full_cold_limit_costs_no_other_namespace_its_blocks(start_daemon: StartDaemon) -> None:
+    """Regression: the last flush ended at the first batch of blocks for which their own namespace had no room."""
+    daemon = start_daemon(warm_bytes="64MiB", cold_bytes="256MiB")
+    client = daemon.client(staging_bytes=16 << 20)
+    other, limited = namespace(client, "other"), namespace(client, "limited")
+    treat(daemon, limited, cold_bytes=2 * BLOCK_NBYTES)
+    kept = store(other, 60)
+    for seed in range(3):
+        store(limited, 50, seed)
+    daemon.stop()
+    daemon.start()
+    attach_again(client)
+    assert fetch(other, kept) == (60, [])

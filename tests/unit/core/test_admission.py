@@ -87,7 +87,7 @@ def test_a_block_that_is_refused_is_dropped_unless_it_is_used_again() -> None:
     world.cache.residency.admission.admits_first_use = lambda: False  # type: ignore[method-assign]
     for number in range(4, 8):
         world.put(space, chain(1, number))
-    world.cache.residency.let_leave(4 * PAGE, 4)
+    world.cache.moves.let_leave(4 * PAGE)
     assert world.start_saves(flush=False) == []
     refused = [space.blocks[chain(1, number)[0]] for number in range(4, 8)]
     assert all(one.spare & REFUSED and one not in world.cache.residency.dirty for one in refused)
@@ -107,7 +107,7 @@ def test_what_was_refused_while_it_stayed_is_judged_again_when_it_leaves() -> No
     world.put(space, chain(1))
     (one,) = space.blocks.values()
     world.cache.residency.refuse_save(one)
-    world.cache.residency.let_leave(PAGE, 1)
+    world.cache.moves.let_leave(PAGE)
     (save,) = world.start_saves(flush=False)
     world.end_save(save)
     assert tiers_of(one) == "warm cold"

@@ -124,7 +124,7 @@ def test_as_long_as_cold_has_room_a_block_is_saved_with_what_it_hangs_on(world: 
     space = world.open()
     for name in "abc":
         world.put(space, chain(2, name))
-    world.cache.residency.let_leave(PAGE, 1)
+    world.cache.moves.let_leave(PAGE)
     assert [save.copy.block.key for save in world.start_saves(3, flush=False)] == chain(2, "a")
     check(world)
 
@@ -136,7 +136,7 @@ def test_the_oldest_is_saved_first_and_leaves_first() -> None:
         world.put(space, chain(2, name))
     order = [*reversed(chain(2, "a")), *reversed(chain(2, "b"))]
     for name in order:
-        world.cache.residency.let_leave(world.cache.residency.leaving_bytes + PAGE, 1)
+        world.cache.moves.let_leave(world.cache.residency.leaving_bytes + PAGE)
         (save,) = world.start_saves(3, flush=False)
         assert save.copy.block.key == name
         world.end_save(save)
@@ -206,7 +206,7 @@ def test_what_cold_did_not_take_is_tried_again_without_new_traffic(world: World)
     """Regression: once all that leaves had failed, nothing was wanted, and a disk that has room again was not asked."""
     space = world.open()
     world.put(space, chain(1))
-    world.cache.residency.let_leave(PAGE, 1)
+    world.cache.moves.let_leave(PAGE)
     (save,) = world.start_saves(flush=False)
     world.end_save(save, None)
     assert world.cache.moves.wants_saving()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from core_checks import check
 from core_world import PAGE, World, chain, tiers_of, warm_bytes_for
-from kvstore.core.block import COLD, HIGH, LOW, PINNED, WARM
+from kvstore.core.block import COLD, HIGH, LOW, PINNED, WARM, standing_of
 from kvstore.core.fair import payers
 
 
@@ -15,7 +15,7 @@ def test_a_lower_level_leaves_first_whatever_its_age() -> None:
         world.put(space, chain(1, number))
     blocks = [space.blocks[chain(1, number)[0]] for number in range(4)]
     for block, level in zip(blocks, (PINNED, HIGH, LOW), strict=False):
-        world.cache.residency.orders.set_level(block, level)
+        world.cache.residency.orders.set_standing(block, standing_of(level))
     left = []
     while world.cache.evict(WARM, PAGE)[0]:
         left += [number for number in range(4) if not blocks[number].copies and number not in left]
@@ -27,7 +27,7 @@ def test_a_new_block_of_low_priority_drives_nothing_better_out() -> None:
     world = World(warm_bytes_for(2))
     space = world.open()
     low = world.open("low")
-    low.level = LOW
+    low.standing = standing_of(LOW)
     for number in range(2):
         world.put(space, chain(1, number))
     assert world.put(low, chain(1, "low")) == ["NOT_ADMITTED"]

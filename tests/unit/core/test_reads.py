@@ -493,17 +493,13 @@ def test_lookups_and_hits_are_counted(world: World) -> None:
     assert world.cache.residency.counts[WARM].hits == 3
 
 
-@pytest.mark.parametrize("how", ["match", "acquire"])
-def test_a_use_of_a_set_is_one_of_each_of_its_blocks(how: str) -> None:
+def test_a_lease_on_a_set_is_a_use_of_each_of_its_blocks() -> None:
     world = World(warm_bytes_for(8))
     space = world.open(chain=False)
     for i in range(8):
         world.put(space, [key(i)])
     used = [key(i) for i in range(3)]
-    if how == "match":
-        assert world.match(space, used) == 3
-    else:
-        world.release(world.lease(space, used))
+    world.release(world.lease(space, used))
     for i in range(8, 12):
         world.put(space, [key(i)])
     assert world.exists(space, [key(i) for i in range(12)]) == [True] * 3 + [False] * 4 + [True] * 5

@@ -6,6 +6,7 @@ import pytest
 
 from core_checks import check
 from core_world import PAGE, World, chain, key, tiers_of, warm_bytes_for
+from kvstore.core import terms
 from kvstore.core.block import COLD, HIGH, LOW, NORMAL, SHARDS, WARM, Namespace
 from kvstore.core.terms import Terms, pin
 
@@ -15,8 +16,8 @@ def world() -> World:
     return World(warm_bytes_for(8))
 
 
-def treat(world: World, space: Namespace, **terms: object) -> None:
-    world.cache.terms.set(space, Terms(**terms))  # type: ignore[arg-type]
+def treat(world: World, space: Namespace, **said: object) -> None:
+    world.cache.terms.set(space, Terms(**said))  # type: ignore[arg-type]
 
 
 def names(space: Namespace, *candidates: str) -> str:
@@ -129,7 +130,7 @@ def test_a_pinned_block_on_its_way_out_stays_after_all() -> None:
     space = world.open()
     put_each(world, space, *"abcdefgh")
     world.save_all()
-    world.cache.residency.let_leave(4 * PAGE, 4)
+    world.cache.moves.let_leave(4 * PAGE)
     block = space.blocks[key(("a", 0))]
     assert block.spare & WARM
     pin(world.cache.residency, block, pinned=True)
@@ -317,20 +318,231 @@ def test_a_limit_that_is_lifted_is_forgotten(world: World) -> None:
     check(world)
 
 
-def test_what_comes_and_goes_while_the_order_is_made(world: World) -> None:
-    """A limit set beside blocks that are stored: no block may be missing in the order of its own, or be there twice."""
+@pytest.mark.parametrize("tier", [WARM, COLD])
+def test_a_limit_that_is_lifted_and_set_again(tier: int) -> None:
+    """Regression: what had been in the first order of its own was not entered into the second, and never left."""
+    world = World(warm_bytes_for(8), cold_bytes=64 * PAGE)
+    space = world.open()
+    for limit in (4, 0, 4, 0, 3):
+        treat(world, space, limits={tier: limit * PAGE})
+        world.keep_terms()
+        assert set(put_each(world, space, *"abcdef")) <= {"STORED", "EXISTS"}
+        world.save_all()
+        world.keep_terms()
+        check(world)
+    assert world.cache.residency.budgets[tier].by_namespace[space] == 3 * PAGE
+    world.cache.delete(space, b"".join(key((name, 0)) for name in "abcdef"))
+    check(world)
+
+
+@pytest.mark.parametrize("clear", [False, True])
+def test_what_comes_and_goes_while_blocks_move(world: World, monkeypatch: pytest.MonkeyPatch, clear: bool) -> None:
+    """A limit set beside blocks that are stored: they move into a group of their own in parts."""
+    monkeypatch.setattr(terms, "_LOOKS", 1)
     space = world.open()
     put_each(world, space, *"abcdef")
     treat(world, space, limits={WARM: 4 * PAGE})
     for _ in range(SHARDS // 2):
         assert world.cache.terms.step(world.now_s)
+    check(world)
     world.cache.delete(space, key(("a", 0)))
     world.put(space, chain(1, "g"))
+    if clear:
+        world.cache.clear(space)
+        put_each(world, space, *"abcdef")
     world.keep_terms()
-    assert world.cache.residency.budgets[WARM].by_namespace[space] == 4 * PAGE
+    assert world.cache.residency.budgets[WARM].by_namespace[space] == 4 * PAGE or clear
+    while world.cache.moves.reap(1):
+        check(world)
+    world.keep_terms()
+    assert 0 < world.cache.residency.budgets[WARM].by_namespace[space] <= 4 * PAGE
     check(world)
     world.cache.evict(WARM, 1 << 40)
     assert not space.blocks
+    check(world)
+
+
+def test_a_pin_in_a_limited_namespace_leaves_the_others_room(world: World) -> None:
+    space = world.open()
+    treat(world, space, limits={WARM: 4 * PAGE})
+    world.put(space, chain(1, "pinned"), pin=True)
+    assert put_each(world, space, *"abcdefgh") == ["STORED"] * 8
+    assert names(space, "pinned", *"fgh") == "pinnedfgh"
+    check(world)
+
+
+def test_a_limited_namespace_saves_before_it_drops() -> None:
+    world = World(warm_bytes_for(100), cold_bytes=200 * PAGE)
+    space = world.open()
+    treat(world, space, limits={WARM: 10 * PAGE})
+    for i in range(50):
+        assert world.put(space, chain(1, i)) == ["STORED"]
+        world.save(8)
+    assert world.cache.residency.dropped_unsaved == 0
+    assert world.cache.residency.counts[COLD].blocks >= 40
+    check(world)
+
+
+def test_a_lower_limit_saves_what_it_takes_away() -> None:
+    world = World(warm_bytes_for(100), cold_bytes=200 * PAGE)
+    space = world.open()
+    for i in range(50):
+        world.put(space, chain(1, i))
+    treat(world, space, limits={WARM: 10 * PAGE})
+    for _ in range(10):
+        world.keep_terms()
+        world.save(8)
+    world.keep_terms()
+    assert world.cache.residency.budgets[WARM].by_namespace[space] == 10 * PAGE
+    assert world.cache.residency.dropped_unsaved == 0 and world.cache.residency.counts[COLD].blocks >= 40
+    check(world)
+
+
+def test_a_limit_that_leases_keep_from_being_reached_is_reached_after_them(world: World) -> None:
+    space = world.open()
+    world.put(space, chain(6))
+    lease = world.lease(space, chain(6))
+    treat(world, space, limits={WARM: 2 * PAGE})
+    world.keep_terms()
+    assert world.cache.residency.budgets[WARM].by_namespace[space] == 6 * PAGE
+    world.release(lease)
+    world.keep_terms()
+    assert world.cache.residency.budgets[WARM].by_namespace[space] == 2 * PAGE
+    check(world)
+
+
+def test_a_full_cold_limit_keeps_nobody_else_from_being_saved() -> None:
+    world = World(warm_bytes_for(100), cold_bytes=200 * PAGE)
+    limited, other = world.open("limited"), world.open("other")
+    treat(world, limited, limits={COLD: 2 * PAGE})
+    for i in range(20):
+        world.put(other, chain(1, i))
+    for i in range(70):
+        world.put(limited, chain(1, i))
+    world.save_all()
+    assert world.cache.residency.budgets[COLD].by_namespace == {limited: 2 * PAGE, other: 20 * PAGE}
+    check(world)
+
+
+def test_a_chain_grows_past_its_limit_in_warm_where_cold_has_its_beginning() -> None:
+    world = World(warm_bytes_for(20), cold_bytes=200 * PAGE)
+    space = world.open()
+    treat(world, space, limits={WARM: 4 * PAGE})
+    keys = chain(12)
+    for i in range(12):
+        assert world.put(space, keys[i : i + 1], keys[i - 1] if i else b"") == ["STORED"]
+        world.save_all()
+    assert world.match(space, keys) == 12
+    check(world)
+
+
+# -- beside a cold tier ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks", [1, 20])
+def test_low_priority_takes_no_room_from_high_beside_a_cold_tier(blocks: int) -> None:
+    world = World(warm_bytes_for(100), cold_bytes=1000 * PAGE)
+    low, high = world.open("low"), world.open("high")
+    treat(world, low, level=LOW)
+    treat(world, high, level=HIGH)
+    for i in range(80):
+        world.put(high, chain(1, i))
+    for i in range(60):
+        world.put(low, chain(blocks, i))
+        world.save(8)
+    assert sum(bool(block.copies & WARM) for block in high.blocks.values()) == 80
+    check(world)
+
+
+def test_what_is_pinned_stays_in_warm_beside_a_cold_tier() -> None:
+    world = World(warm_bytes_for(100), cold_bytes=1000 * PAGE)
+    space = world.open()
+    for i in range(90):
+        world.put(space, chain(1, f"pinned {i}"), pin=True)
+    for i in range(60):
+        world.put(space, chain(1, i))
+        world.save(8)
+    kept = [space.blocks[key((f"pinned {i}", 0))] for i in range(90)]
+    assert all(block.copies & WARM for block in kept)
+    check(world)
+
+
+def test_another_block_size_takes_no_slab_with_pins() -> None:
+    world = World(4 * warm_bytes_for(8), slab_bytes=warm_bytes_for(8))
+    space, wide = world.open("space"), world.open("wide", nbytes=2 * PAGE)
+    world.put(wide, chain(1, "wide"))
+    for i in range(16):
+        world.put(space, chain(1, i), pin=i % 4 == 0)
+    for i in range(100):
+        world.put(wide, chain(2, i))
+        borrower = (wide.tenant, wide.slot_bytes)
+        if (lender := world.cache.residency.lending.lender(borrower)) is not None:
+            slab = world.cache.residency.lending.reclaim_slab(*borrower, lender)
+            if slab is not None:
+                world.cache.allocator.retired(slab)
+    assert all(space.blocks[key((i, 0))].copies & WARM for i in range(0, 16, 4))
+    check(world)
+
+
+# -- many of them ---------------------------------------------------------------------------------------------
+
+
+def test_no_namespace_keeps_another_from_its_turn() -> None:
+    """Regression: a short time to live took every step there was, and the others never expired."""
+    world = World(warm_bytes_for(200))
+    spaces = [world.open(f"space {i}") for i in range(30)]
+    for i, space in enumerate(spaces):
+        treat(world, space, ttl_s=2.0 if i < 5 else 600.0)
+        world.put(space, chain(4))
+    late = world.open("late")
+    world.put(late, chain(4))
+    treat(world, late, level=HIGH)
+    for _ in range(660):
+        world.now_s += 1.0
+        world.cache.terms.tick(world.now_s)
+        for _ in range(16):
+            world.cache.terms.step(world.now_s)
+    assert [len(space.blocks) for space in spaces] == [0] * 30
+    assert {block.level for block in late.blocks.values()} == {HIGH}
+
+
+def test_a_changed_time_to_live_remembers_what_was_used_when(world: World) -> None:
+    space = world.open()
+    treat(world, space, ttl_s=3600.0)
+    world.put(space, chain(2))
+    pass_time(world, 3500.0, step_s=10.0)
+    for ttl_s in (1800.0, 2400.0, 1800.0):
+        treat(world, space, ttl_s=ttl_s)
+    assert pass_time(world, 120.0, step_s=10.0) == 2
+
+
+def test_blocks_that_are_found_again_live_on() -> None:
+    world = World(warm_bytes_for(20), cold_bytes=200 * PAGE)
+    space = world.open()
+    treat(world, space, ttl_s=60.0)
+    pass_time(world, 5.0)
+    world.put(space, chain(4))
+    world.save_all()
+    world.cache.evict(WARM, 1 << 40)
+    world.cache.residency.drop_below(space.blocks[chain(4)[0]], COLD)
+    world.cache.index.lost(space.blocks[chain(4)[0]])
+    assert world.match(space, chain(4)) == 0
+    world.put(space, chain(1))
+    assert world.match(space, chain(4)) == 4
+    assert pass_time(world, 40.0) == 0
+    check(world)
+
+
+def test_a_hole_that_is_filled_is_not_pinned_any_more() -> None:
+    world = World(warm_bytes_for(20), cold_bytes=200 * PAGE)
+    space = world.open()
+    world.put(space, chain(2))
+    world.save_all()
+    root = space.blocks[chain(2)[0]]
+    pin(world.cache.residency, root, pinned=True)
+    world.cache.residency.forget(root)
+    world.put(space, chain(1))
+    assert root.level == NORMAL and world.match(space, chain(2)) == 2
     check(world)
 
 

@@ -56,7 +56,7 @@ def test_a_victim_that_a_newer_use_hid_is_saved_before_it_leaves(make_rig: MakeR
     with rig.lock:
         for block in used:
             rig.cache.residency.touch(block)
-        rig.cache.residency.let_leave(16 * 4096, 16)
+        rig.cache.moves.let_leave(16 * 4096)
         batch = rig.cache.moves.begin_saves(16, 1 << 30)
         assert [copy.block for copy in batch] == idle
         for copy in batch:

@@ -14,6 +14,7 @@ from kvstore.protocol.errors import (
     InternalError,
     InvalidRequest,
     NotFound,
+    PermissionDenied,
     ProtocolMismatch,
     QuotaExceeded,
 )
@@ -39,13 +40,22 @@ def wait_request(stop: int) -> pb.WaitRequest:
     return pb.WaitRequest(lease_id=7, stop=stop)
 
 
+LAYOUT = [{"name": "kv", "dtype": "uint8", "shape": [16, 4], "axes": "token dim"}]
+SPEC = {"model": "m", "revision": "r", "block_tokens": 16, "kind": 1, "layout": LAYOUT, "hash_algorithm": "sha256"}
+
+
+@pytest.mark.parametrize("name", ["warm_bytes", "cold_bytes"])
+def test_limits_are_not_for_workers_to_say(setup: Setup, name: str) -> None:
+    request = pb.OpenNamespaceRequest(spec=SPEC, terms={name: 1 << 30})  # type: ignore[arg-type]
+    with pytest.raises(PermissionDenied, match="kvctl set"):
+        setup.attach().call(Method.OPEN_NAMESPACE, request)
+
+
 def test_every_method_answers(setup: Setup) -> None:
     peer = setup.attach()
-    layout = [{"name": "kv", "dtype": "uint8", "shape": [16, 4], "axes": "token dim"}]
-    spec = {"model": "m", "revision": "r", "block_tokens": 16, "kind": 1, "layout": layout, "hash_algorithm": "sha256"}
     peer.call(Method.OPEN_SESSION, pb.OpenSessionRequest(staging_bytes=4096))
     opened = pb.OpenNamespaceResponse.FromString(
-        peer.call(Method.OPEN_NAMESPACE, pb.OpenNamespaceRequest(spec=spec))  # type: ignore[arg-type]
+        peer.call(Method.OPEN_NAMESPACE, pb.OpenNamespaceRequest(spec=SPEC))  # type: ignore[arg-type]
     )
     assert (len(opened.namespace), opened.block_nbytes, opened.epoch) == (32, 64, 1)
     put = pb.PutResponse.FromString(peer.call(Method.PUT, put_request(0)))
