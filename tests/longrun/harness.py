@@ -21,6 +21,7 @@ SETTINGS = {
     "hot_bytes": "8MiB",
     "hot_device": "cpu",
     "staging_max_bytes": "4MiB",
+    "staging_total_bytes": "64MiB",
     "lease_ttl_s": 2,
     "codec_kernels": "numpy",  # what has to be compiled first is no matter of these runs
 }
