@@ -18,7 +18,7 @@ import numpy as np
 
 from kvstore.codec.base import CodecError
 from kvstore.codec.kernels import Kernels
-from kvstore.codec.loops import MANTISSA_BITS, U8, U16, Rows
+from kvstore.codec.loops import U8, U16, Rows
 from kvstore.codec.shapes import Plan
 
 _NEUTRAL: Final = 2  # 2 * (step + 1) + sign
@@ -62,9 +62,9 @@ class Prediction:
                 rows = np.ascontiguousarray(rows[:, :: -(-there // _MAX_SURVEYED)])
             kernels.survey(rows, self.shift, codes)
             self.used |= bool((codes != _NEUTRAL).any())
-        return Rows(_offsets(codes, self.shift), tokens)
+        return Rows(kernels.offsets(codes, self.shift), tokens)
 
-    def load(self, codes: U8) -> None:
+    def load(self, kernels: Kernels, codes: U8) -> None:
         """Take over stored codes, as many as there are channels.
 
         Raises:
@@ -73,7 +73,7 @@ class Prediction:
         if int(codes.max()) > _MAX_CODE:
             raise CodecError(f"prediction code {int(codes.max())} is above {_MAX_CODE}")
         self.used = True
-        self._offsets = _offsets(codes.reshape(self.codes.shape), self.shift)
+        self._offsets = kernels.offsets(codes.reshape(self.codes.shape), self.shift)
 
     def rows(self, start: int, values: int) -> Rows:
         """What was subtracted from the values of a tile, by loaded codes."""
@@ -81,14 +81,3 @@ class Prediction:
             return Rows(self._offsets, _ALL_ROWS)
         first = start // self._span
         return Rows(self._offsets[first : first + max(values // self._span, 1)], self._plan.tokens)
-
-
-def _offsets(codes: U8, shift: int) -> U16:
-    """What codes stand for."""
-    wide = codes.astype(np.uint16)
-    offsets = wide >> np.uint16(1)
-    offsets -= np.uint16(1)
-    offsets <<= np.uint16(MANTISSA_BITS[shift])
-    wide <<= np.uint16(15)
-    offsets += wide
-    return offsets

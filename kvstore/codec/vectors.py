@@ -81,6 +81,30 @@ def join_values(symbols: U8, rest: U8, rows: Rows, form: Form, out: U16) -> None
         np.add(out, first, out=out)
 
 
+def pack_fields(left: U16, symbols: U8, rest: U8) -> None:
+    """See loops.pack_fields."""
+    np.right_shift(left, np.uint16(7), out=symbols, casting="unsafe")
+    np.copyto(rest, (left & np.uint16(0x7F)) | (left >> np.uint16(8) & np.uint16(0x80)), casting="unsafe")
+
+
+def join_fields(symbols: U8, rest: U8, rows: Rows, out: U16) -> None:
+    """See loops.join_fields."""
+    np.left_shift(symbols, np.uint16(7), out=out)
+    out |= rest & np.uint16(0x7F)
+    out |= (rest & np.uint16(0x80)) << np.uint16(8)
+    if rows.offsets.any():
+        for part, row in _rows(out, rows):
+            np.add(part, row, out=part)
+
+
+def offsets_of(codes: U8, mantissa_bits: int, offsets: U16) -> None:
+    """See loops.offsets_of."""
+    np.right_shift(codes, 1, out=offsets)
+    offsets -= np.uint16(1)
+    offsets <<= np.uint16(mantissa_bits)
+    offsets += codes.astype(np.uint16) << np.uint16(15)
+
+
 def _rows(values: U16, rows: Rows) -> Iterator[tuple[U16, U16]]:
     """`values` in pieces with the offsets that broadcast over them: all whole groups in one, then what is left."""
     offsets, tokens = rows
