@@ -104,6 +104,8 @@ class NumbaKernels:
 
 def _read_only(values: NDArray[_T]) -> NDArray[_T]:
     """A view that is read-only: to numba that is a type of its own, and all sources shall have one type."""
+    if not values.flags.writeable:
+        return values
     view = values.view()
     view.flags.writeable = False
     return view
