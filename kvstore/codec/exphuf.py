@@ -102,7 +102,7 @@ class ExpHufCodec:
         prediction = Prediction(plan, shift)
         codes, tiles, position = _read_head(payload, plan, shift, out.nbytes % 2)
         if codes.nbytes:
-            prediction.load(self._kernels, self._zstd.decompress(codes, prediction.codes.size))
+            prediction.load(self._kernels, self._zstd.decompress(codes, prediction.channels))
         direct = plan.runs is None and target.flags.aligned
         for tile in tiles:
             into = target[tile.start : tile.start + tile.values] if direct else self._buffer(tile.values)
