@@ -76,10 +76,9 @@ def pack_values(left: U16, form: Form, symbols: U8, rest: U8) -> None:
     np.copyto(rest, left[: rest.size], casting="unsafe")
     tail = left[rest.size :].astype(np.uint8)
     if tail.size:
-        word: Any = np.uint8 if tail.size % 8 else np.uint64  # eight bytes at a time, where that goes
-        highest = word(0x8080808080808080 & np.iinfo(word).max)
+        word, eighth = _word(tail.size)
         planes = rest[: 7 * tail.size].view(word).reshape(7, -1)
-        planes |= (tail.view(word) << _UP.astype(word)) & highest
+        planes |= (tail.view(word) << _UP.astype(word)) & eighth
 
 
 def join_values(symbols: U8, rest: U8, rows: Rows, form: Form, out: U16) -> None:
@@ -88,12 +87,14 @@ def join_values(symbols: U8, rest: U8, rows: Rows, form: Form, out: U16) -> None
     np.multiply(symbols, np.uint16((1 << 15) + (1 << (shift - 1))), out=out)
     spare = out.size - rest.size
     if spare:
-        tail = rest[:spare] >> np.uint8(7)
-        for plane in range(1, 7):
-            bits = rest[plane * spare : (plane + 1) * spare] >> np.uint8(7 - plane)
-            bits &= np.uint8(1 << plane)
-            tail |= bits
-        out[rest.size :] ^= tail
+        word, eighth = _word(spare)
+        planes = rest[: 7 * spare].copy().view(word).reshape(7, -1)
+        planes &= eighth
+        tail = planes[0] >> word(1)
+        for plane in planes[1:]:
+            tail |= plane
+            tail >>= word(1)
+        out[rest.size :] ^= tail.view(np.uint8)
         rest = rest & np.uint8(0x7F)
     target = out[: rest.size]
     np.bitwise_xor(target, rest, out=target)
@@ -127,6 +128,12 @@ def offsets_of(codes: U8, mantissa_bits: int, offsets: U16) -> None:
     offsets -= np.uint16(1)
     offsets <<= np.uint16(mantissa_bits)
     offsets += codes.astype(np.uint16) << np.uint16(15)
+
+
+def _word(nbytes: int) -> tuple[Any, Any]:
+    """The type to take so many bytes by, eight at a time where that goes, and the eighth bit of every byte in it."""
+    word = np.uint8 if nbytes % 8 else np.uint64
+    return word, word(0x8080808080808080 & np.iinfo(word).max)
 
 
 def _rows(values: U16, rows: Rows) -> Iterator[tuple[U16, U16]]:
