@@ -151,7 +151,7 @@ class Cold:
                 with spawned(pool, cold, Path(folder)) as daemon, Client(daemon.address) as client:
                     space = worker.namespace(client, _RESTART_BLOCK_BYTES, "restart")
                     with space.acquire(keys[:1], timeout_s=_CALL_TIMEOUT_S) as lease:
-                        lease.read_into(kv_like_blocks(1, _RESTART_BLOCK_BYTES))
+                        lease.read_into(kv_like_blocks(1, _RESTART_BLOCK_BYTES), timeout_s=_CALL_TIMEOUT_S)
                     taken_s.append(time.perf_counter() - started)
                     parts = (keys[at : at + _RESTART_BATCH] for at in range(0, blocks, _RESTART_BATCH))
                     found = sum(space.match(part, timeout_s=_CALL_TIMEOUT_S).blocks for part in parts)
@@ -252,7 +252,7 @@ class _Stored:
         with space.acquire(keys, timeout_s=_CALL_TIMEOUT_S) as lease:
             if lease.blocks != len(keys):
                 raise IncompleteTransfer(f"{lease.blocks} of {len(keys)} blocks are stored")
-            lease.read_into(self.blocks.out)
+            lease.read_into(self.blocks.out, timeout_s=_CALL_TIMEOUT_S)
         return time.perf_counter() - started
 
     def check(self) -> None:

@@ -48,4 +48,4 @@ class Codec(Protocol):
 
 def pieces_nbytes(pieces: Pieces) -> int:
     """Bytes of all pieces together."""
-    return sum(piece.nbytes if isinstance(piece, memoryview) else len(piece) for piece in pieces)
+    return sum(map(len, pieces))

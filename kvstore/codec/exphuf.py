@@ -26,10 +26,9 @@ import numpy as np
 from kvstore.codec.arena import Arena
 from kvstore.codec.base import Bytes, CodecError, Pieces, pieces_nbytes
 from kvstore.codec.kernels import TILE_VALUES, Kernels
-from kvstore.codec.loops import U8, U16, Rows
+from kvstore.codec.loops import U8, U16
 from kvstore.codec.prediction import Prediction
 from kvstore.codec.shapes import Plan, Tensor, gather, plan_of, scatter
-from kvstore.codec.vectors import subtract
 from kvstore.codec.zstd import ZstdContexts
 
 STORED: Final = 0
@@ -103,7 +102,7 @@ class ExpHufCodec:
         prediction = Prediction(plan, shift)
         codes, tiles, position = _read_head(payload, plan, shift, out.nbytes % 2)
         if codes.nbytes:
-            prediction.load(self._zstd.decompress(codes, prediction.codes.size))
+            prediction.load(self._kernels, self._zstd.decompress(codes, prediction.channels))
         direct = plan.runs is None and target.flags.aligned
         for tile in tiles:
             into = target[tile.start : tile.start + tile.values] if direct else self._buffer(tile.values)
@@ -125,11 +124,10 @@ class ExpHufCodec:
             self._kernels.pack(left, (low, shift), symbols, rest)
         else:
             low = 0
-            np.right_shift(left, shift, out=symbols, casting="unsafe")
-            np.copyto(rest, (left & np.uint16(0x7F)) | (left >> np.uint16(8) & np.uint16(0x80)), casting="unsafe")
+            self._kernels.pack_fields(left, symbols, rest)
         frame = self._zstd.huffman_blocks(symbols, prediction.stretch)
-        if rest.size + sum(map(len, frame)) < 2 * tile.size:
-            return [rest.data, *frame], low, mode
+        if rest.size + len(frame) < 2 * tile.size:
+            return [rest.data, frame], low, mode
         stored = memory[: 2 * tile.size]
         np.copyto(stored, tile.view(np.uint8))
         return [stored.data], 0, STORED
@@ -145,11 +143,8 @@ class ExpHufCodec:
         symbols = self._zstd.decompress(stored[kept:], tile.values)
         if tile.mode == SYMBOLS:
             self._kernels.join(symbols, rest, rows, (tile.base, shift), into)
-            return
-        np.left_shift(symbols, np.uint16(shift), out=into)
-        into |= rest & np.uint16(0x7F)
-        into |= (rest & np.uint16(0x80)) << np.uint16(8)
-        subtract(into, Rows(-rows.offsets, rows.tokens), into)
+        else:
+            self._kernels.join_fields(symbols, rest, rows, into)
 
     def _gather(self, source: U16, plan: Plan, start: int, values: int) -> U16:
         """A tile in coding order, aligned; a view of `source` where that is so there."""

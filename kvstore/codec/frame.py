@@ -186,12 +186,13 @@ class FrameFormat:
             LookupError: intact, and of a frame version or codec that this build does not know.
         """
         codecs = self._local.codecs
-        if read_prelude(frame)[0] == frame_v1.VERSION:
+        prelude = read_prelude(frame)
+        if prelude[0] == frame_v1.VERSION:
             old, payload = frame_v1.parse(frame)
             _check(old, item, out.nbytes)
             frame_v1.decode(old, payload, codecs.zstd, out)
             return
-        header, payload = FrameHeader.parse(frame)
+        header, payload = FrameHeader.parse(frame, prelude)
         _check(header, item, out.nbytes)
         readers = [codecs.reader(section.codec_id, section.codec_version) for section in header.sections]
         if xxhash.xxh3_64_intdigest(payload) != header.payload_hash:

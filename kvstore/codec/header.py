@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import math
 import struct
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import xxhash
@@ -108,16 +109,16 @@ class FrameHeader(NamedTuple):
         return head + _HASH.pack(xxhash.xxh3_64_intdigest(head))
 
     @classmethod
-    def parse(cls, frame: memoryview) -> tuple[FrameHeader, memoryview]:
+    def parse(cls, frame: memoryview, prelude: tuple[int, memoryview] | None = None) -> tuple[FrameHeader, memoryview]:
         """Read and check the header of a whole frame of version 2; the header, and the payload.
 
-        Nothing is allocated for what it claims.
+        Nothing is allocated for what it claims. `prelude` is what read_prelude() has said, where it was asked before.
 
         Raises:
             FrameError: damaged, cut off, or not a frame.
             UnknownFormatError: an intact frame of a version, with flags or of a dtype that this build does not know.
         """
-        version, head = read_prelude(frame)
+        version, head = prelude or read_prelude(frame)
         if version != FRAME_VERSION:
             raise UnknownFormatError(f"frame version {version} is not known to this build (it knows {FRAME_VERSION})")
         if head.nbytes < _FIXED.size:
@@ -173,8 +174,9 @@ def _read_sections(table: memoryview, count: int, raw_bytes: int, payload_bytes:
         position += 4 * axes
         if dtype >= len(DTYPES):
             raise UnknownFormatError(f"dtype {dtype} is not known to this build")
-        tensor = Tensor(DTYPES[dtype], sizes[0], sizes[1], shape, kv, layer, token)
-        _check_tensor(tensor, start)
+        tensor = _tensor(DTYPES[dtype], (sizes[0], sizes[1]), shape, (kv, layer, token))
+        if tensor.start != start:
+            raise FrameError(f"a section at {tensor.start} where {start} belongs")
         sections.append(Section(codec_id, version, tensor, sizes[2]))
         start += tensor.nbytes
         stored += sizes[2]
@@ -183,11 +185,12 @@ def _read_sections(table: memoryview, count: int, raw_bytes: int, payload_bytes:
     return tuple(sections)
 
 
-def _check_tensor(tensor: Tensor, start: int) -> None:
-    if tensor.start != start:
-        raise FrameError(f"a section at {tensor.start} where {start} belongs")
-    named = [axis for axis in (tensor.kv, tensor.layer, tensor.token) if axis != NO_AXIS]
+@lru_cache(maxsize=1024)  # blocks of one layout have the same tensors
+def _tensor(dtype: str, extent: tuple[int, int], shape: tuple[int, ...], axes: tuple[int, int, int]) -> Tensor:
+    tensor = Tensor(dtype, *extent, shape, *axes)
+    named = [axis for axis in axes if axis != NO_AXIS]
     if len(set(named)) != len(named) or not all(0 <= axis < len(tensor.shape) for axis in named):
         raise FrameError("a section names an axis that it does not have, or one twice")
     if tensor.shape and math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype] != tensor.nbytes:
         raise FrameError(f"a section of shape {tensor.shape} has {tensor.nbytes} bytes")
+    return tensor

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.codec import vectors
-from kvstore.codec.loops import U8, U16, Form, Loops, Rows, compile_loops
+from kvstore.codec.loops import MANTISSA_BITS, U8, U16, Form, Loops, Rows, compile_loops
 
 _T = TypeVar("_T", bound=np.generic)
 
@@ -33,6 +33,15 @@ class Kernels(Protocol):
     def join(self, symbols: U8, rest: U8, rows: Rows, form: Form, out: U16) -> None:
         """Undo pack."""
 
+    def pack_fields(self, left: U16, symbols: U8, rest: U8) -> None:
+        """Cut bfloat16 values into fields, and the bits below with the sign."""
+
+    def join_fields(self, symbols: U8, rest: U8, rows: Rows, out: U16) -> None:
+        """Undo pack_fields."""
+
+    def offsets(self, codes: U8, shift: int) -> U16:
+        """What prediction codes stand for, in their shape."""
+
 
 class NumpyKernels:
     """Vectors."""
@@ -43,6 +52,14 @@ class NumpyKernels:
     split = staticmethod(vectors.split_values)
     pack = staticmethod(vectors.pack_values)
     join = staticmethod(vectors.join_values)
+    pack_fields = staticmethod(vectors.pack_fields)
+    join_fields = staticmethod(vectors.join_fields)
+
+    def offsets(self, codes: U8, shift: int) -> U16:
+        """See Kernels."""
+        offsets = np.empty(codes.shape, dtype=np.uint16)
+        vectors.offsets_of(codes, MANTISSA_BITS[shift], offsets)
+        return offsets
 
 
 class NumbaKernels:
@@ -70,9 +87,25 @@ class NumbaKernels:
         """See Kernels."""
         self._loops.join(_read_only(symbols), _read_only(rest), rows, form, out)
 
+    def pack_fields(self, left: U16, symbols: U8, rest: U8) -> None:
+        """See Kernels."""
+        self._loops.pack_fields(_read_only(left), symbols, rest)
+
+    def join_fields(self, symbols: U8, rest: U8, rows: Rows, out: U16) -> None:
+        """See Kernels."""
+        self._loops.join_fields(_read_only(symbols), _read_only(rest), rows, out)
+
+    def offsets(self, codes: U8, shift: int) -> U16:
+        """See Kernels."""
+        offsets = np.empty(codes.shape, dtype=np.uint16)
+        self._loops.offsets(_read_only(codes).reshape(-1), MANTISSA_BITS[shift], offsets.reshape(-1))
+        return offsets
+
 
 def _read_only(values: NDArray[_T]) -> NDArray[_T]:
     """A view that is read-only: to numba that is a type of its own, and all sources shall have one type."""
+    if not values.flags.writeable:
+        return values
     view = values.view()
     view.flags.writeable = False
     return view

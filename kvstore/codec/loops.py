@@ -39,6 +39,9 @@ class Loops(NamedTuple):
     pack: dict[int, Callable[[U16, int, U8, U8], None]]
     split: Callable[[U16, Rows, int, U16], tuple[int, int]]
     join: Callable[[U8, U8, Rows, Form, U16], None]
+    pack_fields: Callable[[U16, U8, U8], None]
+    join_fields: Callable[[U8, U8, Rows, U16], None]
+    offsets: Callable[[U8, int, U16], None]
 
 
 def compile_loops() -> Loops:
@@ -55,6 +58,9 @@ def compile_loops() -> Loops:
         {shift: jit(packer(shift)) for shift in SHIFTS},
         jit(split_values),
         jit(join_values),
+        jit(pack_fields),
+        jit(join_fields),
+        jit(offsets_of),
     )
 
 
@@ -181,3 +187,35 @@ def join_values(symbols: U8, rest: U8, rows: Rows, form: Form, out: U16) -> None
             below = _U16(bits[index])
             target[index] = _U16(_U16(_U16(_U16(symbol[index]) * factor) ^ below) + _U16(row[index] + first))
         start = end
+
+
+def pack_fields(left: U16, symbols: U8, rest: U8) -> None:
+    """Cut bfloat16 values into fields, and mantissa and sign: for fields too wide to share a byte with the sign."""
+    low, sign = _U16(0x7F), _U16(0x80)
+    for index in range(left.size):
+        value = left[index]
+        symbols[index] = _U16(value >> _U16(7))
+        rest[index] = _U16(_U16(value & low) | _U16(_U16(value >> _U16(8)) & sign))
+
+
+def join_fields(symbols: U8, rest: U8, rows: Rows, out: U16) -> None:
+    """Undo pack_fields."""
+    offsets, tokens = rows
+    low, sign = _U16(0x7F), _U16(0x80)
+    inner = offsets.shape[1]
+    for start in range(0, out.size, inner):
+        end = min(start + inner, out.size)
+        row = offsets[start // inner // tokens]
+        target, symbol, bits = out[start:end], symbols[start:end], rest[start:end]
+        for index in range(end - start):
+            below = _U16(bits[index])
+            value = _U16(_U16(_U16(symbol[index]) << _U16(7)) | _U16(below & low))
+            target[index] = _U16(_U16(value | _U16(_U16(below & sign) << _U16(8))) + row[index])
+
+
+def offsets_of(codes: U8, mantissa_bits: int, offsets: U16) -> None:
+    """What prediction codes stand for; both arrays are flat."""
+    step = _U16(1 << mantissa_bits)
+    for index in range(codes.size):
+        code = _U16(codes[index])
+        offsets[index] = _U16(_U16(_U16(_U16(code >> _U16(1)) - _U16(1)) * step) + _U16(code << _U16(15)))

@@ -12,27 +12,28 @@ and 1.491 with every prediction.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Final
 
 import numpy as np
 
 from kvstore.codec.base import CodecError
 from kvstore.codec.kernels import Kernels
-from kvstore.codec.loops import MANTISSA_BITS, U8, U16, Rows
+from kvstore.codec.loops import U8, U16, Rows
 from kvstore.codec.shapes import Plan
 
 _NEUTRAL: Final = 2  # 2 * (step + 1) + sign
 _MAX_CODE: Final = 5
 _MAX_SURVEYED: Final = 64  # tokens say enough, and sums of their exponents stay below 2^16
 _ALL_ROWS: Final = 1 << 40
-_NEUTRAL_ROW: Final = 4096
+_NO_OFFSETS: U16 = np.zeros((1, 4096), dtype=np.uint16)  # nobody writes to it
 
 
 class Prediction:
     """The codes of a tensor's channels.
 
     Attributes:
-        codes: (groups, inner) uint8, neutral to begin with.
+        channels: how many there are.
         used: whether any of them says anything.
     """
 
@@ -42,10 +43,15 @@ class Prediction:
         self.stretch = plan.stretch
         self._span = plan.tokens * plan.inner  # values of a group; 0: there is nothing to predict by
         self._plan = plan
-        groups = plan.values // self._span if self._span else 0
-        self.codes: U8 = np.full((groups, plan.inner), _NEUTRAL, dtype=np.uint8)
+        self._shape = plan.values // self._span if self._span else 0, plan.inner
+        self.channels = self._shape[0] * plan.inner
         self.used = False
-        self._offsets: U16 = np.zeros((1, _NEUTRAL_ROW), dtype=np.uint16)
+        self._offsets = _NO_OFFSETS
+
+    @cached_property
+    def codes(self) -> U8:
+        """(groups, inner), neutral where nothing was surveyed; reading does not need them."""
+        return np.full(self._shape, _NEUTRAL, dtype=np.uint8)
 
     def survey(self, kernels: Kernels, tile: U16, start: int) -> Rows:
         """Choose the codes for the groups that begin in a tile; answers the offsets of all that lie in it."""
@@ -62,9 +68,9 @@ class Prediction:
                 rows = np.ascontiguousarray(rows[:, :: -(-there // _MAX_SURVEYED)])
             kernels.survey(rows, self.shift, codes)
             self.used |= bool((codes != _NEUTRAL).any())
-        return Rows(_offsets(codes, self.shift), tokens)
+        return Rows(kernels.offsets(codes, self.shift), tokens)
 
-    def load(self, codes: U8) -> None:
+    def load(self, kernels: Kernels, codes: U8) -> None:
         """Take over stored codes, as many as there are channels.
 
         Raises:
@@ -73,7 +79,7 @@ class Prediction:
         if int(codes.max()) > _MAX_CODE:
             raise CodecError(f"prediction code {int(codes.max())} is above {_MAX_CODE}")
         self.used = True
-        self._offsets = _offsets(codes.reshape(self.codes.shape), self.shift)
+        self._offsets = kernels.offsets(codes.reshape(self._shape), self.shift)
 
     def rows(self, start: int, values: int) -> Rows:
         """What was subtracted from the values of a tile, by loaded codes."""
@@ -81,14 +87,3 @@ class Prediction:
             return Rows(self._offsets, _ALL_ROWS)
         first = start // self._span
         return Rows(self._offsets[first : first + max(values // self._span, 1)], self._plan.tokens)
-
-
-def _offsets(codes: U8, shift: int) -> U16:
-    """What codes stand for."""
-    wide = codes.astype(np.uint16)
-    offsets = wide >> np.uint16(1)
-    offsets -= np.uint16(1)
-    offsets <<= np.uint16(MANTISSA_BITS[shift])
-    wide <<= np.uint16(15)
-    offsets += wide
-    return offsets

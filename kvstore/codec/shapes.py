@@ -44,7 +44,7 @@ NO_AXIS = -1
 
 _STRETCH = 48 << 10  # values
 _FLAT_STRETCH = 24 << 10  # where nobody knows what begins where
-_SMALL_STRETCH = 24 << 10
+_SMALL_STRETCH = 32 << 10
 _LONG_RUN = 4096  # values; longer ones are copied one by one
 
 _AXIS = re.compile(r"([A-Za-z_]\w*)=([1-9]\d{0,9})")
@@ -166,7 +166,8 @@ def _stretch(layer: int) -> int:
     """The largest equal part of a layer of at most _STRETCH values, or as many small layers as come close to that.
 
     Each code costs 30 bytes, and 3 µs to make and to read. A code for each layer of 24 Ki values gave a ratio of
-    1.5234, one for two of them 1.5195.
+    1.5234, one for two of them 1.5195; of 16 Ki values (8 heads of 128, 16 tokens) one for two is read 5 % faster, and
+    takes no more bytes.
     """
     if layer > _STRETCH:
         return -(-layer // -(-layer // _STRETCH))

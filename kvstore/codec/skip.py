@@ -14,7 +14,7 @@ from kvstore.codec.shapes import Tensor
 _SHIFTS: Final = {"bfloat16": 7, "float16": 8}  # of what is not noise
 _RUN: Final = 64  # values side by side in the sample
 _RUNS: Final = 64
-_SMALL_VALUES: Final = 2 * _RUN * _RUNS  # less than that is simply tried
+_SMALL_VALUES: Final = 8 * _RUN * _RUNS  # trying less than that takes no longer than the sample
 _LEAST_BITS_OF_FIELDS: Final = 0.5  # of 8 that must be saved, which are a 32nd of a value
 _LEAST_BITS_OF_BYTES: Final = 0.25  # likewise
 _LEAST_BITS_OF_OTHERS: Final = 0.02  # repeats, which the histogram cannot see, may save as well

@@ -4,24 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.codec.loops import BIASED, MANTISSA_BITS, SPREAD, U8, U16, Form, Rows
+
+_UP: Final = np.arange(7, 0, -1).reshape(7, 1)  # from the bit that a plane takes to the eighth of its byte
 
 
 def survey(values: U16, shift: int, codes: U8) -> None:
     """See loops.surveyor."""
     tokens, inner = values.shape[1:]
-    exponents = (values & np.uint16(0x7FFF)) >> np.uint16(MANTISSA_BITS[shift])
-    away = np.add.reduce(exponents, axis=1, dtype=np.uint16).astype(np.int64)
-    away = 2 * (away - away.sum(axis=1, keepdims=True) // inner)
-    excess = 2 * np.add.reduce(values >> np.uint16(15), axis=1, dtype=np.uint16).astype(np.int64) - tokens
-    square = excess * excess
-    sure = np.where(square.sum(axis=1, keepdims=True) > BIASED * tokens * inner, 0, 16 * tokens)
-    spread = (away * away).sum(axis=1, keepdims=True) > SPREAD * tokens * inner
-    margin = tokens + np.where(spread, 2, 6) * math.isqrt(tokens)
-    codes[:] = 2 * (1 + (away > margin).astype(np.int64) - (away < -margin)) + ((excess > 0) & (square > sure))
+    parts = values & np.uint16(0x7FFF)
+    parts >>= np.uint16(MANTISSA_BITS[shift])
+    away = _sums(parts)
+    away -= away.sum(axis=1, keepdims=True, dtype=np.int32) // inner
+    away *= 2
+    np.right_shift(values, np.uint16(15), out=parts)
+    excess = 2 * _sums(parts) - tokens
+    sure = np.where(_squares(excess) > BIASED * tokens * inner, 0, math.isqrt(16 * tokens)).astype(np.int32)
+    margin = np.where(_squares(away) > SPREAD * tokens * inner, 2, 6) * math.isqrt(tokens) + tokens
+    margin = margin.astype(np.int32)
+    np.add((away > margin).view(np.uint8), np.uint8(1), out=codes)
+    codes -= (away < -margin).view(np.uint8)
+    codes <<= np.uint8(1)
+    codes |= (excess > sure).view(np.uint8)
+
+
+def _sums(parts: U16) -> NDArray[np.int32]:
+    """Sums over tokens, of (groups, tokens, inner): below 2^14, as no more than 64 tokens are surveyed."""
+    sums: U16 = np.add.reduce(parts, axis=1, dtype=np.uint16)
+    return sums.astype(np.int32)
+
+
+def _squares(values: NDArray[np.int32]) -> NDArray[np.int64]:
+    """The sum of the squares in each row; a square is below 2^31."""
+    sums: NDArray[np.int64] = np.square(values).sum(axis=1, keepdims=True, dtype=np.int64)
+    return sums
 
 
 def subtract(values: U16, rows: Rows, out: U16) -> None:
@@ -54,8 +75,10 @@ def pack_values(left: U16, form: Form, symbols: U8, rest: U8) -> None:
     left &= np.uint16((1 << shift) - 1)
     np.copyto(rest, left[: rest.size], casting="unsafe")
     tail = left[rest.size :].astype(np.uint8)
-    for plane in range(7 if tail.size else 0):
-        rest[plane * tail.size : (plane + 1) * tail.size] |= (tail >> np.uint8(plane)) << np.uint8(7)
+    if tail.size:
+        word, eighth = _word(tail.size)
+        planes = rest[: 7 * tail.size].view(word).reshape(7, -1)
+        planes |= (tail.view(word) << _UP.astype(word)) & eighth
 
 
 def join_values(symbols: U8, rest: U8, rows: Rows, form: Form, out: U16) -> None:
@@ -64,12 +87,14 @@ def join_values(symbols: U8, rest: U8, rows: Rows, form: Form, out: U16) -> None
     np.multiply(symbols, np.uint16((1 << 15) + (1 << (shift - 1))), out=out)
     spare = out.size - rest.size
     if spare:
-        tail = rest[:spare] >> np.uint8(7)
-        for plane in range(1, 7):
-            bits = rest[plane * spare : (plane + 1) * spare] >> np.uint8(7 - plane)
-            bits &= np.uint8(1 << plane)
-            tail |= bits
-        out[rest.size :] ^= tail
+        word, eighth = _word(spare)
+        planes = rest[: 7 * spare].copy().view(word).reshape(7, -1)
+        planes &= eighth
+        tail = planes[0] >> word(1)
+        for plane in planes[1:]:
+            tail |= plane
+            tail >>= word(1)
+        out[rest.size :] ^= tail.view(np.uint8)
         rest = rest & np.uint8(0x7F)
     target = out[: rest.size]
     np.bitwise_xor(target, rest, out=target)
@@ -79,6 +104,36 @@ def join_values(symbols: U8, rest: U8, rows: Rows, form: Form, out: U16) -> None
             np.add(part, row, out=part)
     elif first:
         np.add(out, first, out=out)
+
+
+def pack_fields(left: U16, symbols: U8, rest: U8) -> None:
+    """See loops.pack_fields."""
+    np.right_shift(left, np.uint16(7), out=symbols, casting="unsafe")
+    np.copyto(rest, (left & np.uint16(0x7F)) | (left >> np.uint16(8) & np.uint16(0x80)), casting="unsafe")
+
+
+def join_fields(symbols: U8, rest: U8, rows: Rows, out: U16) -> None:
+    """See loops.join_fields."""
+    np.left_shift(symbols, np.uint16(7), out=out)
+    out |= rest & np.uint16(0x7F)
+    out |= (rest & np.uint16(0x80)) << np.uint16(8)
+    if rows.offsets.any():
+        for part, row in _rows(out, rows):
+            np.add(part, row, out=part)
+
+
+def offsets_of(codes: U8, mantissa_bits: int, offsets: U16) -> None:
+    """See loops.offsets_of."""
+    np.right_shift(codes, 1, out=offsets)
+    offsets -= np.uint16(1)
+    offsets <<= np.uint16(mantissa_bits)
+    offsets += codes.astype(np.uint16) << np.uint16(15)
+
+
+def _word(nbytes: int) -> tuple[Any, Any]:
+    """The type to take so many bytes by, eight at a time where that goes, and the eighth bit of every byte in it."""
+    word = np.uint8 if nbytes % 8 else np.uint64
+    return word, word(0x8080808080808080 & np.iinfo(word).max)
 
 
 def _rows(values: U16, rows: Rows) -> Iterator[tuple[U16, U16]]:

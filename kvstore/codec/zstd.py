@@ -58,10 +58,10 @@ class ZstdContexts:
         frame: bytes = self._huffman.compress(plain.data)
         return frame
 
-    def huffman_blocks(self, plain: NDArray[np.uint8], block: int) -> list[bytes]:
-        """One frame of Huffman codes in pieces, with a table of its own for each `block` bytes."""
+    def huffman_blocks(self, plain: NDArray[np.uint8], block: int) -> bytes:
+        """One frame of Huffman codes, with a table of its own for each `block` bytes."""
         if plain.nbytes <= block:
-            return [self.huffman(plain)]
+            return self.huffman(plain)
         compressor = self._huffman.compressobj(size=plain.nbytes)
         parts = []
         for start in range(0, plain.nbytes, block):
@@ -69,7 +69,7 @@ class ZstdContexts:
             last = start + block >= plain.nbytes
             flush = zstandard.COMPRESSOBJ_FLUSH_FINISH if last else zstandard.COMPRESSOBJ_FLUSH_BLOCK
             parts.append(compressor.flush(flush))
-        return parts
+        return b"".join(parts)
 
     def level_1(self, plain: NDArray[np.uint8]) -> bytes:
         """One frame of level 1, which also finds repeats."""
