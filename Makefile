@@ -16,7 +16,7 @@ install := $(BIN)/python -m pip install --quiet --quiet --constraint constraints
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test fast check chaos soak format proto bench clean distclean
+.PHONY: help demo test fast check coverage chaos soak format proto bench clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,13 @@ check: $(VENV)/.dev ## Lint, format, types, layers, and the rules of tests/repo
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -q tests/repo
 
+# Lines and branches of the core, the protocol and the engine that the tests reach.
+coverage: $(VENV)/.dev ## Which lines and branches of core, protocol and engine the tests reach
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q -m "not slow" tests $(PYTEST_ARGS)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
+
 chaos: $(VENV)/.dev ## Kill and stop daemon, agents and workers under load; KILLS, SEED
 	$(BIN)/python tests/longrun/chaos.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
@@ -57,7 +64,7 @@ bench: $(VENV)/.dev ## Measure a daemon of its own, as ratios to memcpy
 	$(BIN)/kvctl bench --spawn $(BENCH_ARGS)
 
 clean: ## Remove caches and build output
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage demo.png
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage* demo.png
 	find kvstore client ops tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## Remove the environments too
