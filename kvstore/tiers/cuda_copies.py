@@ -1,0 +1,166 @@
+"""Copies between pinned host memory and a device, on streams of their own; several may be under way at once."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any, NamedTuple
+
+from kvstore.protocol.cuda_calls import CudaBroken, CudaError
+from kvstore.tiers.cuda import CudaDevice
+
+_BATCH_MIN = 4  # fewer runs are called one by one
+_NON_BLOCKING_STREAM = 1
+_BLOCKING_EVENT = 1 | 2  # a thread that waits sleeps, and nothing is timed
+
+_log = logging.getLogger(__name__)
+
+
+class Direction(Enum):
+    """Which way bytes go, by the driver's call for it."""
+
+    TO_DEVICE = "cuMemcpyHtoDAsync"
+    FROM_DEVICE = "cuMemcpyDtoHAsync"
+    ON_DEVICE = "cuMemcpyDtoDAsync"
+
+
+class Run(NamedTuple):
+    """Bytes to be copied from one address to another."""
+
+    to: int
+    source: int
+    nbytes: int
+
+
+def merged(runs: Sequence[Run]) -> list[Run]:
+    """The same bytes in fewer runs: neighbours that touch on both sides become one."""
+    found: list[Run] = []
+    for run in runs:
+        last = found[-1] if found else None
+        if last is not None and (last.to + last.nbytes, last.source + last.nbytes) == (run.to, run.source):
+            found[-1] = Run(last.to, last.source, last.nbytes + run.nbytes)
+        else:
+            found.append(run)
+    return found
+
+
+class _Lane(NamedTuple):
+    stream: Any
+    event: Any
+
+
+class Copying:
+    """Copies under way; wait() must follow, whatever happens meanwhile."""
+
+    def __init__(self, copier: Copier, lane: _Lane, error: CudaError | None) -> None:
+        self._copier = copier
+        self._lane = lane
+        self._error = error
+
+    def wait(self) -> None:
+        """Return once nothing is copied any more.
+
+        Raises:
+            CudaError: not all was copied, and nothing is being copied.
+            CudaBroken: it cannot be told; nobody may touch the memory before this process has ended.
+        """
+        self._copier._settle(self._lane)
+        if self._error is not None:
+            raise self._error
+
+
+class Copier:
+    """Starts copies, on any thread.
+
+    A call holds a stream until it has been waited for, so there are as many streams as calls were ever under way at once.
+    """
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self._calls = device.calls
+        self._lock = threading.Lock()
+        self._idle: list[_Lane] = []
+        self._all: list[_Lane] = []
+        self._may_batch = device.calls.has("cuMemcpyBatchAsync")
+
+    def start(self, direction: Direction, runs: Sequence[Run], *, pinned: bool = True) -> Copying:
+        """Begin to copy, in order.
+
+        Args:
+            direction: which way.
+            runs: what; neighbours are merged.
+            pinned: whether the host's side is registered with the driver.
+
+        Raises:
+            CudaError: there is no stream to be had; nothing was begun.
+        """
+        self._device.enter()
+        lane = self._take()
+        error: CudaError | None = None
+        try:
+            self._issue(direction, merged(runs), lane.stream, pinned)
+        except CudaError as failure:  # some may be under way: whoever waits hears of it
+            error = failure
+        return Copying(self, lane, error)
+
+    def close(self) -> None:
+        """Give the streams back; nothing may be under way."""
+        with self._lock:
+            lanes, self._all = self._all, []
+            self._idle.clear()
+        for lane in lanes:
+            self._calls("cuEventDestroy", lane.event)
+            self._calls("cuStreamDestroy", lane.stream)
+
+    def _issue(self, direction: Direction, runs: Sequence[Run], stream: Any, pinned: bool) -> None:  # noqa: ANN401
+        if self._may_batch and pinned and len(runs) >= _BATCH_MIN:
+            try:
+                self._issue_batch(runs, stream)
+                return
+            except CudaError as error:  # an older driver under newer bindings, say
+                self._may_batch = False
+                _log.warning("copies are called one by one from now on: %s", error)
+        for run in runs:
+            self._calls(direction.value, run.to, run.source, run.nbytes, stream)
+
+    def _issue_batch(self, runs: Sequence[Run], stream: Any) -> None:  # noqa: ANN401 - the driver's own type
+        api = self._calls.api
+        how = api.CUmemcpyAttributes()
+        how.srcAccessOrder = api.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+        self._calls(
+            "cuMemcpyBatchAsync",
+            [api.CUdeviceptr(run.to) for run in runs],
+            [api.CUdeviceptr(run.source) for run in runs],
+            [run.nbytes for run in runs],
+            len(runs),
+            [how],
+            [0],
+            1,
+            stream,
+        )
+
+    def _take(self) -> _Lane:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        stream = self._calls("cuStreamCreate", _NON_BLOCKING_STREAM)
+        try:
+            lane = _Lane(stream, self._calls("cuEventCreate", _BLOCKING_EVENT))
+        except CudaError:
+            self._calls("cuStreamDestroy", stream)
+            raise
+        with self._lock:
+            self._all.append(lane)
+        return lane
+
+    def _settle(self, lane: _Lane) -> None:
+        self._device.enter()
+        try:
+            self._calls("cuEventRecord", lane.event, lane.stream)
+            self._calls("cuEventSynchronize", lane.event)
+        except CudaError as error:
+            raise CudaBroken(f"copies may still be under way: {error}") from error
+        with self._lock:
+            self._idle.append(lane)

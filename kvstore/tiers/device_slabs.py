@@ -1,0 +1,168 @@
+"""A device's memory as slabs of equal slots.
+
+All of it is taken at the start, so that an engine on the same device knows what is left to it. A slab is cut when a
+size of block needs one and becomes whole again with its last block, so memory moves to the sizes that are used.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import threading
+from typing import NamedTuple
+
+from kvstore.protocol.cuda_calls import CudaOutOfMemory
+from kvstore.tiers.cuda_memory import DeviceMemory, DevicePiece
+
+SLAB_BYTES = 64 << 20
+_SLABS_MIN = 8  # of a small tier, so that several sizes of block find one each
+_SLOT_ALIGNMENT = 512
+
+_log = logging.getLogger(__name__)
+
+
+class DeviceSlot(NamedTuple):
+    """Room for one block; `address` is the device's."""
+
+    slab: int
+    number: int
+    address: int
+
+
+class _Slab:
+    """A piece of memory, cut into slots of `slot_bytes`; 0: not cut."""
+
+    __slots__ = ("free", "piece", "slot_bytes", "slots")
+
+    def __init__(self, piece: DevicePiece) -> None:
+        self.piece = piece
+        self.slot_bytes = 0
+        self.slots = 0
+        self.free: list[int] = []  # a heap: neighbours are handed out one after the other, and copied as one
+
+    def cut(self, slot_bytes: int) -> None:
+        self.slot_bytes = slot_bytes
+        self.slots = self.piece.nbytes // slot_bytes
+        self.free = list(range(self.slots))
+
+
+class DeviceSlabs:
+    """Gives out slots. Any thread that has entered the device."""
+
+    def __init__(self, memory: DeviceMemory, capacity_bytes: int, slab_bytes: int = SLAB_BYTES) -> None:
+        """Take up to `capacity_bytes` of `memory`, in slabs of at most about `slab_bytes`: as many as there are.
+
+        Raises:
+            CudaOutOfMemory: there is not one slab.
+            CudaError: the driver refuses.
+        """
+        grain = memory.granularity
+        wanted = min(slab_bytes, max(capacity_bytes // _SLABS_MIN, grain))
+        self.slab_bytes = max(grain, wanted // grain * grain)
+        self._memory = memory
+        self._lock = threading.Lock()
+        self._slabs: dict[int, _Slab] = {}
+        self._whole: list[int] = []
+        self._open: dict[int, dict[int, None]] = {}  # by size of slot, slabs with a free one, in order of their opening
+        self._next_id = 0
+        self._surplus = 0  # slabs to be given back once they are whole
+        self.asked_bytes = capacity_bytes
+        self._grow(max(1, capacity_bytes // self.slab_bytes))
+        if not self._slabs:
+            raise CudaOutOfMemory(f"not even one slab of {self.slab_bytes} bytes is free on the device")
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What blocks can take: all slabs, less what the cut ones cannot use at their end."""
+        with self._lock:
+            kept = list(self._slabs.values())
+            spare = self._surplus * self.slab_bytes
+            return sum(slab.slots * slab.slot_bytes or slab.piece.nbytes for slab in kept) - spare
+
+    def counts(self) -> dict[str, int]:
+        """Slabs, and how many of them no block is in."""
+        with self._lock:
+            return {"slabs": len(self._slabs), "whole_slabs": len(self._whole)}
+
+    def take(self, nbytes: int) -> DeviceSlot | None:
+        """Room for a block; None where there is none for its size."""
+        slot_bytes = max(1, -(-nbytes // _SLOT_ALIGNMENT)) * _SLOT_ALIGNMENT
+        with self._lock:
+            slab_id = self._with_room(slot_bytes)
+            if slab_id is None:
+                return None
+            slab = self._slabs[slab_id]
+            index = heapq.heappop(slab.free)
+            if not slab.free:
+                del self._open[slot_bytes][slab_id]
+            return DeviceSlot(slab_id, index, slab.piece.address + index * slot_bytes)
+
+    def give(self, slot: DeviceSlot) -> None:
+        """The block in a slot has gone, and nothing copies there."""
+        with self._lock:
+            slab = self._slabs.get(slot.slab)
+            if slab is None:  # after close()
+                return
+            heapq.heappush(slab.free, slot.number)
+            self._open.setdefault(slab.slot_bytes, {})[slot.slab] = None
+            if len(slab.free) == slab.slots:
+                del self._open[slab.slot_bytes][slot.slab]
+                slab.slot_bytes = slab.slots = 0
+                self._whole.append(slot.slab)
+                self._shrink()
+
+    def resize(self, capacity_bytes: int) -> int:
+        """Be of about that size, as far as the device allows; the capacity from now on.
+
+        Slabs with blocks in them go when their last block does: the caller deletes until enough have.
+        """
+        with self._lock:
+            wanted = max(1, capacity_bytes // self.slab_bytes)
+            kept = len(self._slabs) - self._surplus
+            if wanted < kept:
+                self._surplus += kept - wanted
+            else:
+                spared = min(self._surplus, wanted - kept)
+                self._surplus -= spared
+                self._grow(wanted - kept - spared)
+            self.asked_bytes = capacity_bytes
+            self._shrink()
+        return self.capacity_bytes
+
+    def close(self) -> None:
+        """Give everything back; idempotent."""
+        with self._lock:
+            slabs, self._slabs = self._slabs, {}
+            self._whole.clear()
+            self._open.clear()
+            self._surplus = 0
+        for slab in slabs.values():
+            self._memory.give(slab.piece)
+
+    def _with_room(self, slot_bytes: int) -> int | None:
+        opened = self._open.setdefault(slot_bytes, {})
+        if opened:
+            return next(iter(opened))
+        if not self._whole or slot_bytes > self.slab_bytes:
+            return None
+        slab_id = self._whole.pop()
+        self._slabs[slab_id].cut(slot_bytes)
+        opened[slab_id] = None
+        return slab_id
+
+    def _grow(self, count: int) -> None:
+        for _ in range(count):
+            try:
+                piece = self._memory.take(self.slab_bytes)
+            except CudaOutOfMemory as error:
+                taken = len(self._slabs)
+                _log.warning("the device gave %d slabs of %d bytes, and no more: %s", taken, self.slab_bytes, error)
+                return
+            self._slabs[self._next_id] = _Slab(piece)
+            self._whole.append(self._next_id)
+            self._next_id += 1
+
+    def _shrink(self) -> None:
+        while self._surplus and self._whole:
+            self._memory.give(self._slabs.pop(self._whole.pop()).piece)
+            self._surplus -= 1
