@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 from kvstore.core.block import COLD, HOT, WARM
@@ -50,6 +50,15 @@ class Operations:
         for name, count in self._mover.counters().items():
             message.counters[name] = count
         return message
+
+    def medium_said(self, tier: int, said: Mapping[str, int]) -> None:
+        """What a medium counts. A device gives the hot tier what it has, which need not be what was asked for."""
+        capacity_bytes = said.get("capacity_bytes", 0)
+        if tier != HOT or not capacity_bytes:
+            return
+        with self._lock:
+            if self._cache.residency.budgets[HOT].capacity_bytes != capacity_bytes:
+                self._cache.resize(HOT, capacity_bytes)
 
     def list_namespaces(self, session: Session) -> list[admin_pb2.NamespaceInfo]:
         """The tenant's namespaces."""

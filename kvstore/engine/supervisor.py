@@ -340,6 +340,7 @@ class AgentSupervisor(Tier, Scannable):
     def _introduce(self, process: AgentProcess) -> _Life:
         """Configure a fresh agent, give it the slabs that the last one had, and let it serve."""
         ready = self._configure(process)
+        self.capacity_bytes = ready.capacity_bytes or self._config.capacity_bytes
         tier = AgentTier(self.name, self.capacity_bytes, process.frames, ready, process.end, self._call_timeout_s)
         with self._table:
             for slab_id, (fd, segment_bytes) in self._slabs.items():

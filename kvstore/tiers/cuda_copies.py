@@ -74,7 +74,7 @@ class Copying:
 class Copier:
     """Starts copies, on any thread.
 
-    A call holds a stream until it has been waited for, so there are as many streams as calls were ever under way at once.
+    A call holds a stream until it has been waited for, so there are as many streams as calls were ever under way.
     """
 
     def __init__(self, device: CudaDevice) -> None:
