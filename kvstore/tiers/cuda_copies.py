@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Sequence
-from enum import Enum
 from typing import Any, NamedTuple
 
 from kvstore.protocol.cuda_calls import CudaBroken, CudaError
+from kvstore.protocol.cuda_copies import AsyncCopies, Direction, Run
 from kvstore.tiers.cuda import CudaDevice
 
-_BATCH_MIN = 4  # fewer runs are called one by one
 _NON_BLOCKING_STREAM = 1
 _BLOCKING_EVENT = 1 | 2  # a thread that waits sleeps, and nothing is timed
-
-_log = logging.getLogger(__name__)
-
-
-class Direction(Enum):
-    """Which way bytes go, by the driver's call for it."""
-
-    TO_DEVICE = "cuMemcpyHtoDAsync"
-    FROM_DEVICE = "cuMemcpyDtoHAsync"
-    ON_DEVICE = "cuMemcpyDtoDAsync"
-
-
-class Run(NamedTuple):
-    """Bytes to be copied from one address to another."""
-
-    to: int
-    source: int
-    nbytes: int
-
-
-def merged(runs: Sequence[Run]) -> list[Run]:
-    """The same bytes in fewer runs: neighbours that touch on both sides become one."""
-    found: list[Run] = []
-    for run in runs:
-        last = found[-1] if found else None
-        if last is not None and (last.to + last.nbytes, last.source + last.nbytes) == (run.to, run.source):
-            found[-1] = Run(last.to, last.source, last.nbytes + run.nbytes)
-        else:
-            found.append(run)
-    return found
 
 
 class _Lane(NamedTuple):
@@ -83,7 +51,7 @@ class Copier:
         self._lock = threading.Lock()
         self._idle: list[_Lane] = []
         self._all: list[_Lane] = []
-        self._may_batch = device.calls.has("cuMemcpyBatchAsync")
+        self._copies = AsyncCopies(device.calls)
 
     def start(self, direction: Direction, runs: Sequence[Run], *, pinned: bool = True) -> Copying:
         """Begin to copy, in order.
@@ -100,7 +68,7 @@ class Copier:
         lane = self._take()
         error: CudaError | None = None
         try:
-            self._issue(direction, merged(runs), lane.stream, pinned)
+            self._copies.runs(direction, runs, lane.stream, pinned=pinned)
         except CudaError as failure:  # some may be under way: whoever waits hears of it
             error = failure
         return Copying(self, lane, error)
@@ -113,33 +81,6 @@ class Copier:
         for lane in lanes:
             self._calls("cuEventDestroy", lane.event)
             self._calls("cuStreamDestroy", lane.stream)
-
-    def _issue(self, direction: Direction, runs: Sequence[Run], stream: Any, pinned: bool) -> None:  # noqa: ANN401
-        if self._may_batch and pinned and len(runs) >= _BATCH_MIN:
-            try:
-                self._issue_batch(runs, stream)
-                return
-            except CudaError as error:  # an older driver under newer bindings, say
-                self._may_batch = False
-                _log.warning("copies are called one by one from now on: %s", error)
-        for run in runs:
-            self._calls(direction.value, run.to, run.source, run.nbytes, stream)
-
-    def _issue_batch(self, runs: Sequence[Run], stream: Any) -> None:  # noqa: ANN401 - the driver's own type
-        api = self._calls.api
-        how = api.CUmemcpyAttributes()
-        how.srcAccessOrder = api.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
-        self._calls(
-            "cuMemcpyBatchAsync",
-            [api.CUdeviceptr(run.to) for run in runs],
-            [api.CUdeviceptr(run.source) for run in runs],
-            [run.nbytes for run in runs],
-            len(runs),
-            [how],
-            [0],
-            1,
-            stream,
-        )
 
     def _take(self) -> _Lane:
         with self._lock:

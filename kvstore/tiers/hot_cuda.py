@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.protocol.cuda_calls import CudaError
+from kvstore.protocol.cuda_copies import Direction, Run
 from kvstore.tiers.base import BlockRef, Outcome, Tier, TierItem, WriteResult
 from kvstore.tiers.checksums import block_checksum
 from kvstore.tiers.cuda import CudaDevice
-from kvstore.tiers.cuda_copies import Copier, Direction, Run
+from kvstore.tiers.cuda_copies import Copier
 from kvstore.tiers.cuda_memory import DeviceMemory
 from kvstore.tiers.device_slabs import SLAB_BYTES, DeviceSlabs, DeviceSlot
 from kvstore.tiers.pinned import PinnedSlabs, SegmentMemory

@@ -8,6 +8,7 @@ fail, and `leaks()` says what was not given back.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 from collections import Counter
@@ -42,6 +43,10 @@ class CUdevice_attribute(IntEnum):
     CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED = 102
     CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED = 103
     CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED = 113
+
+
+class CUpointer_attribute(IntEnum):
+    CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9
 
 
 class CUmemAllocationType(IntEnum):
@@ -106,6 +111,7 @@ class FakeDriver:
     """Stands for the module; `free_bytes` is what the device has."""
 
     CUresult, CUdevice_attribute, CUdeviceptr = CUresult, CUdevice_attribute, CUdeviceptr
+    CUpointer_attribute = CUpointer_attribute
     CUmemAllocationType, CUmemAllocationHandleType = CUmemAllocationType, CUmemAllocationHandleType
     CUmemLocationType, CUmemAccess_flags = CUmemLocationType, CUmemAccess_flags
     CUmemAllocationGranularity_flags, CUmemcpySrcAccessOrder = CUmemAllocationGranularity_flags, CUmemcpySrcAccessOrder
@@ -167,6 +173,12 @@ class FakeDriver:
     def bytes_at(self, address: int, nbytes: int) -> NDArray[np.uint8]:
         """The device's bytes as they are now; copies that nobody waited for have not happened."""
         return self._range(address, nbytes, 0)
+
+    def array(self, shape: tuple[int, ...], itemsize: int = 1, **interface: Any) -> FakeArray:
+        """Device memory as an array library hands it out."""
+        self.cuCtxSetCurrent(1000)
+        _, address = self.cuMemAlloc(math.prod(shape) * itemsize)
+        return FakeArray(self, address, shape, itemsize, interface)
 
     def under_way(self) -> int:
         """Copies that were begun and not waited for."""
@@ -237,6 +249,10 @@ class FakeDriver:
         self._need_context()
         context: int = self._current.stack.pop()
         return context
+
+    def cuPointerGetAttribute(self, attribute: CUpointer_attribute, address: int) -> int:
+        self._range(address, 1, 0)
+        return 0
 
     def cuMemGetInfo(self) -> tuple[int, int]:
         self._need_context()
@@ -433,6 +449,29 @@ class FakeDriver:
             position = self._done[stream]
             self._done[stream] += 1
             queue[position]()
+
+
+class FakeArray:
+    """An array on the device with `__cuda_array_interface__`."""
+
+    def __init__(
+        self, driver: FakeDriver, address: int, shape: tuple[int, ...], itemsize: int, interface: dict[str, Any]
+    ) -> None:
+        self.address = address
+        self.nbytes = math.prod(shape) * itemsize
+        self._driver = driver
+        self.__cuda_array_interface__ = {
+            "shape": shape,
+            "typestr": f"<V{itemsize}" if itemsize > 1 else "|u1",
+            "data": (address, False),
+            "strides": None,
+            "version": 3,
+            **interface,
+        }
+
+    def bytes(self) -> NDArray[np.uint8]:
+        """What the device has there; writable."""
+        return self._driver.bytes_at(self.address, self.nbytes)
 
 
 class _Refused(Exception):

@@ -43,7 +43,7 @@ EXPORTED = [
 PROMISED = {
     "Client": "acquire close namespace ping stats",
     "Namespace": "acquire adopt clear delete exists keys match prefetch put stage",
-    "Lease": "blocks check handoff read_into ready release_to tensors tokens view wait withheld "
+    "Lease": "blocks check handoff read_into read_layers ready release_to tensors tokens view wait withheld "
     "withheld_reason __enter__ __exit__",
     "StagedBuffers": "put __enter__ __exit__ __getitem__ __len__",
     "Keys": "extend from_digests __bytes__ __getitem__ __len__",
@@ -56,6 +56,7 @@ MAY_BLOCK = [
     ("Client", "stats"),
     ("Lease", "handoff"),
     ("Lease", "read_into"),
+    ("Lease", "read_layers"),
     ("Lease", "wait"),
     *(("Namespace", name) for name in PROMISED["Namespace"].split() if name != "keys"),
     ("StagedBuffers", "put"),

@@ -11,8 +11,9 @@ import pytest
 
 from fake_cuda import GRANULARITY, CUresult, FakeDriver
 from kvstore.protocol.cuda_calls import CudaBroken, CudaCalls, CudaError, CudaMissing, CudaOutOfMemory, load_driver
+from kvstore.protocol.cuda_copies import Direction, Run, merged
 from kvstore.tiers.cuda import CudaDevice
-from kvstore.tiers.cuda_copies import Copier, Direction, Run, merged
+from kvstore.tiers.cuda_copies import Copier
 from kvstore.tiers.cuda_memory import DeviceMemory
 from kvstore.tiers.memory import ArrayMemory
 from kvstore.tiers.pinned import PinnedSlabs
