@@ -27,6 +27,7 @@ EXPORTED = [
     "Match",
     "Namespace",
     "NotFound",
+    "PagedCache",
     "PermissionDenied",
     "ProtocolMismatch",
     "PutOutcome",
@@ -46,6 +47,7 @@ PROMISED = {
     "Lease": "blocks check handoff read_into read_layers ready release_to tensors tokens view wait withheld "
     "withheld_reason __enter__ __exit__",
     "StagedBuffers": "put __enter__ __exit__ __getitem__ __len__",
+    "PagedCache": "gather load scatter",
     "Keys": "extend from_digests __bytes__ __getitem__ __len__",
     "Match": "blocks by_tier tokens withheld withheld_reason",
 }
