@@ -18,7 +18,7 @@ from types import FrameType
 import click
 
 from kvstore import runtime
-from kvstore.config import Config
+from kvstore.config import Config, device_environment
 from kvstore.core.adaptive import Adaptive
 from kvstore.core.block import COLD, HOT, WARM
 from kvstore.core.leaf_lru import LeafLru
@@ -169,6 +169,7 @@ class Daemon:
                 device=config.hot_device,
             )
             agents.append(self._agent(HOT, hot))
+            agents[-1].environment = device_environment()
         return agents
 
     def _agent(self, tier: int, agent_config: agent_pb2.AgentConfig) -> AgentSupervisor:

@@ -30,13 +30,23 @@ from kvstore.machine import Machine, disk_used_bytes, free_disk_bytes
 from kvstore.settings import COLD_BYTES_MIN, WARM_BYTES_MIN, ConfigError, Settings, Tenant
 from kvstore.sizes import GIB, MIB, Share, format_size
 
-__all__ = ["Config", "ConfigError", "Tenant", "child_environment", "default_addresses", "load", "prepare_state_dir"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Tenant",
+    "child_environment",
+    "default_addresses",
+    "device_environment",
+    "load",
+    "prepare_state_dir",
+]
 
 DEFAULT_TENANT = "default"
 SOCKET_NAME = "kvstore.sock"
 ATTACH_SUFFIX = ".attach"
 SOCKET_PATH_MAX = 107  # sockaddr_un has 108 bytes, the last one for the NUL
 
+_DEVICE_VARIABLES = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
 _SHARE = 4  # a default takes a quarter of what is there: the machine belongs to the inference workers
 _COLD_DEFAULT_MAX = 64 * GIB
 _HOT_DEFAULT = 2 * GIB
@@ -192,6 +202,11 @@ def default_addresses(environ: Mapping[str, str] = os.environ) -> list[str]:
 def child_environment(changes: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment for a child process: this one's with `changes`."""
     return {**environ, **changes}
+
+
+def device_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What a process needs of this one's environment to find a CUDA driver and the same devices by the same numbers."""
+    return {name: environ[name] for name in _DEVICE_VARIABLES if name in environ}
 
 
 def _runtime_folders(environ: Mapping[str, str]) -> list[Path]:

@@ -33,13 +33,15 @@ class _Layer(NamedTuple):
     """Pages of one layer, and where a block has it.
 
     Attributes:
-        pages: (block, [axes of the tensor but token], token) bits, a view of the engine's own memory.
+        pages: bits, a view of the engine's own memory with the page as its first axis.
+        axes: the other axes of `pages`, in the engine's order: no other is copied as fast.
         spec: the layout's tensor it is part of.
         offset: of that tensor in a block, in bytes.
         number: of the layer within that tensor; None where the tensor has no such axis.
     """
 
     pages: Any
+    axes: Sequence[str]
     spec: TensorSpec
     offset: int
     number: int | None
@@ -66,7 +68,7 @@ class PagedCache:
         self._layers = [_layer(tensor, axes, *place) for tensor, place in _paired(tensors, layout)]
         first = self._layers[0]
         self.device = tensors[0].device
-        self.page_tokens = int(first.pages.shape[-1])
+        self.page_tokens = int(first.pages.shape[1 + first.axes.index("token")])
         self.pages_per_block = (first.spec.axis_size("token") or 1) // self.page_tokens
         self.pages = min(int(layer.pages.shape[0]) for layer in self._layers)
         if layout.nbytes % max(spec.item_nbytes for spec in layout.tensors):
@@ -128,7 +130,7 @@ class PagedCache:
             self._kernels.copy_pages(self._block_side(rows, layer), layer.pages, ids, to_pages)
 
     def _block_side(self, rows: Any, layer: _Layer) -> Any:  # noqa: ANN401
-        """A layer's part of the blocks, (n, pages_per_block, [axes but token], token) bits, as a view."""
+        """A layer's part of the blocks, (n, pages_per_block, …) bits with the axes of its pages, as a view."""
         spec, bits = layer.spec, getattr(torch, _BITS[layer.spec.item_nbytes])
         whole = rows[:, layer.offset : layer.offset + spec.nbytes].view(bits).unflatten(1, spec.shape)
         names = spec.axes.split()
@@ -136,8 +138,8 @@ class PagedCache:
             whole = whole.select(1 + names.index("layer"), layer.number)
             names.remove("layer")
         token = 1 + names.index("token")
-        paged = whole.unflatten(token, (self.pages_per_block, self.page_tokens))
-        return paged.movedim(token + 1, -1).movedim(token, 1)
+        paged = whole.unflatten(token, (self.pages_per_block, self.page_tokens)).movedim(token, 1)
+        return paged.permute(0, 1, *(2 + names.index(name) for name in layer.axes))
 
     def _ids(self, page_ids: Any) -> Any:  # noqa: ANN401
         ids = torch.as_tensor(page_ids, dtype=torch.int64)
@@ -192,8 +194,8 @@ def copy_pages(blocks: Any, pages: Any, ids: Any, *, to_pages: bool) -> None:  #
     """Copy between a layer's part of blocks and its pages, by plain torch.
 
     Args:
-        blocks: (n, pages_per_block, …, token) bits.
-        pages: (page, …, token) bits.
+        blocks: (n, pages_per_block, …) bits.
+        pages: (page, …) bits.
         ids: (n x pages_per_block,) page numbers.
         to_pages: which way.
     """
@@ -235,6 +237,6 @@ def _layer(tensor: Any, axes: str, spec: TensorSpec, offset: int, number: int | 
             f"a layer has shape {tuple(tensor.shape)} for {axes!r}, tensor {spec.name!r} {spec.shape} for "
             f"{spec.axes!r}; a block's {tokens} tokens must be whole pages, and the other axes the same"
         )
-    order = ["block", *(name for name in own if name != "token"), "token"]
     bits = tensor.detach().view(getattr(torch, _BITS[spec.item_nbytes]))
-    return _Layer(bits.permute([names.index(name) for name in order]), spec, offset, number)
+    others = [name for name in names if name != "block"]
+    return _Layer(bits.movedim(names.index("block"), 0), others, spec, offset, number)

@@ -14,7 +14,7 @@ import triton.language as tl
 from kvstore_client._lazy import torch
 
 _ITEMS = 1024  # of one program
-_AXES_MAX = 3  # between page and token
+_AXES_MAX = 4  # beside the page
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -51,13 +51,13 @@ def copy_pages(blocks: Any, pages: Any, ids: Any, to_pages: bool) -> None:  # no
     Raises:
         ValueError: there are more axes than the kernel knows.
     """
-    between = pages.dim() - 2
-    if between > _AXES_MAX:
-        raise ValueError(f"{between} axes between page and token; the kernel knows {_AXES_MAX}")
+    count = pages.dim() - 1
+    if count > _AXES_MAX:
+        raise ValueError(f"{count} axes beside the page; the kernel knows {_AXES_MAX}")
     if not len(ids):
         return
     axes = zip(pages.shape[1:], pages.stride()[1:], blocks.stride()[2:], strict=True)
-    ordered = [(1, 0, 0)] * (_AXES_MAX - between) + sorted(axes, key=lambda axis: -axis[1])
+    ordered = [(1, 0, 0)] * (_AXES_MAX - count) + sorted(axes, key=lambda axis: -axis[1])
     sizes, page_strides, block_strides = zip(*ordered, strict=True)
     items = pages[0].numel()
     shape = (

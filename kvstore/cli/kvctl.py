@@ -153,9 +153,10 @@ def log_level(options: Options, level: str) -> int:
 @click.option("--quick", is_flag=True, help="Small sizes and few rounds: does it run? Not for figures.")
 @click.option("--warm-bytes", metavar="SIZE", help="Warm pool of the daemon that is started.")
 @click.option("--data", metavar="DIR", envvar="KVTIER_DATA", help="Folder with kv_samples, for the suite cold.")
+@click.option("--device", default="cuda:0", show_default=True, metavar="cuda:N|cpu", help="Device, for the suite gpu.")
 @click.option("--list", "listing", is_flag=True, help="Name the suites and end.")
 def bench(options: Options, **given: Any) -> int:  # noqa: ANN401 (one type per option)
-    """Measure SUITEs (all but cold, which takes minutes, where none is named) against memcpy in the same run."""
+    """Measure SUITEs (all but cold and gpu where none is named) against memcpy in the same run."""
     from kvstore.cli import measure
 
     return measure.bench(options, measure.Run(**given))

@@ -76,6 +76,9 @@ class AgentSupervisor(Tier, Scannable):
         """Supervise an agent of `config`, called `name` in messages; a frame may take it `call_timeout_s`."""
         self.name = name
         self.capacity_bytes = config.capacity_bytes
+        self.environment: Mapping[
+            str, str
+        ] = {}  # of its processes, beside what every agent has; to be set before start()
         self._config = config
         self._on_up, self._on_down = on_up, on_down
         self._call_timeout_s, self._start_timeout_s = call_timeout_s, start_timeout_s
@@ -304,7 +307,7 @@ class AgentSupervisor(Tier, Scannable):
             with self._spawning:
                 if self._closing.is_set():
                     return 0.0
-                self._process = process = AgentProcess()
+                self._process = process = AgentProcess(self.environment)
             return self._run(process)
         except (OSError, KVStoreError) as error:
             why = str(error)

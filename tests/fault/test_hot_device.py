@@ -74,6 +74,13 @@ def test_what_is_deleted_and_stored_anew_is_never_the_old_bytes(start_daemon: St
     assert fetch(space, fresh) == (BLOCKS, [])
 
 
+def test_the_agent_sees_the_devices_that_the_daemon_sees(start_daemon: StartDaemon, site: FakeSite) -> None:
+    environment = {**site.environment(), "CUDA_VISIBLE_DEVICES": "3", "SECRET": "x"}
+    daemon = start_daemon(environment=environment, hot_device="cuda:0", hot_bytes="16MiB", cold_bytes=0)
+    found = daemon.agents()[0].environ()
+    assert found["CUDA_VISIBLE_DEVICES"] == "3" and "SECRET" not in found
+
+
 def test_a_share_is_of_what_the_device_has_free(start_daemon: StartDaemon, site: FakeSite) -> None:
     daemon = start(start_daemon, site, hot_bytes="25%")
     assert daemon.tier("hot").capacity_bytes == 16 * MIB

@@ -142,6 +142,11 @@ def test_the_first_gpu_is_taken_where_there_is_one(settle: Settle) -> None:
     assert settle(hot_device="cuda:7").hot_device == "cuda:7", "whether it is there the agent finds out"
 
 
+def test_a_driver_is_found_where_the_daemon_finds_it_and_nothing_else_goes_on() -> None:
+    environ = {"LD_LIBRARY_PATH": "/opt/cuda", "CUDA_VISIBLE_DEVICES": "1", "AWS_SECRET_ACCESS_KEY": "x", "HOME": "/h"}
+    assert config_module.device_environment(environ) == {"LD_LIBRARY_PATH": "/opt/cuda", "CUDA_VISIBLE_DEVICES": "1"}
+
+
 def test_a_share_of_the_device_is_told_from_a_size(settle: Settle) -> None:
     config = settle('hot_bytes = "4GiB"', hot_device="cuda:1", hot_bytes="12.5%")
     assert (config.hot_device, config.hot_bytes, config.hot_permille) == ("cuda:1", 0, 125)
