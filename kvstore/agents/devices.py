@@ -20,13 +20,20 @@ class Wanted(NamedTuple):
     permille: int = 0
 
 
+class ResizableTier(Tier, Protocol):
+    """A tier in memory."""
+
+    def resize(self, capacity_bytes: int) -> int:
+        """Be of about that size; the capacity from now on."""
+
+
 class Device(Protocol):
     """Memory that keeps raw blocks.
 
     All that an agent asks of it: a new kind of device is a class with this one method, and one line in `device_for`.
     """
 
-    def make_tier(self, wanted: Wanted, memory: MappedSlabs) -> tuple[Tier, str]:
+    def make_tier(self, wanted: Wanted, memory: MappedSlabs) -> tuple[ResizableTier, str]:
         """Reserve the device's memory and serve it as a tier, whose ranges `memory` resolves; and its name for people.
 
         Raises:
@@ -38,7 +45,7 @@ class Device(Protocol):
 class HostStandIn:
     """Host memory: a test double where there is no device, never a tier worth having."""
 
-    def make_tier(self, wanted: Wanted, memory: MappedSlabs) -> tuple[Tier, str]:
+    def make_tier(self, wanted: Wanted, memory: MappedSlabs) -> tuple[ResizableTier, str]:
         """A tier in this process's memory, which grows with what is stored."""
         if wanted.permille:
             raise InvalidRequest("a share of free memory can be had of a CUDA device only; give a size")
@@ -51,7 +58,7 @@ class Cuda:
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def make_tier(self, wanted: Wanted, memory: MappedSlabs) -> tuple[Tier, str]:
+    def make_tier(self, wanted: Wanted, memory: MappedSlabs) -> tuple[ResizableTier, str]:
         """A tier in the device's memory, all of which is taken now."""
         try:
             device = CudaDevice(self._name)

@@ -38,8 +38,8 @@ class Durable(Checkable, Protocol):
 class Medium:
     """A tier ready to serve; `durable` and `ahead` are the same tier, where it is one.
 
-    `loads` counts what is being read from it; `stats` is what there is to count beside the tier; `format` says to
-    people how blocks are written.
+    `resize` gives it another capacity and says what it is then (None: it cannot); `loads` counts what is being read
+    from it; `stats` is what there is to count beside the tier; `format` says to people how blocks are written.
     """
 
     tier: Tier
@@ -48,6 +48,7 @@ class Medium:
     device: str = ""
     loads: Loads = field(default_factory=Loads)
     stats: Callable[[], Mapping[str, int]] = dict
+    resize: Callable[[int], int] | None = None
     format: str = ""
 
 
@@ -78,7 +79,7 @@ def open_medium(config: agent_pb2.AgentConfig, memory: MappedSlabs) -> Medium:
     if config.tier == "hot":
         wanted = Wanted(config.capacity_bytes, config.capacity_permille)
         tier, device = device_for(config.device).make_tier(wanted, memory)
-        return Medium(tier, device=device)
+        return Medium(tier, device=device, resize=tier.resize)
     raise InvalidRequest(f"unknown tier {config.tier!r}; agents serve cold and hot")
 
 

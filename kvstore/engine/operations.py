@@ -119,6 +119,25 @@ class Operations:
         before_bytes, after_bytes = cast(DurableTier, cold).compact()
         return admin_pb2.CompactResponse(before_bytes=before_bytes, after_bytes=after_bytes)
 
+    def resize(self, request: admin_pb2.ResizeRequest) -> admin_pb2.ResizeResponse:
+        """Give the hot tier another capacity: first what is over it leaves, then its medium's slabs do.
+
+        Raises:
+            InvalidRequest: another tier, or one that is off.
+            KVStoreError: its agent is down, or cannot.
+        """
+        tier, medium = _tier(request.tier), self._mover.tier(HOT)
+        if tier != HOT or medium is None:
+            what = "the hot tier is off" if tier == HOT else "only the hot tier has a size that can change"
+            raise InvalidRequest(what)
+        with self._lock:
+            if request.capacity_bytes < self._cache.residency.budgets[HOT].capacity_bytes:
+                self._cache.resize(HOT, request.capacity_bytes)
+        self._mover.kick_saves()  # deletes what has left
+        capacity_bytes = medium.resize(request.capacity_bytes)
+        self.medium_said(HOT, {"capacity_bytes": capacity_bytes})
+        return admin_pb2.ResizeResponse(capacity_bytes=capacity_bytes)
+
     def record(self, request: admin_pb2.RecordRequest) -> admin_pb2.RecordResponse:
         """What workers of every tenant have asked for since the call before; the first call begins."""
         return self._recorder.take(request)

@@ -203,6 +203,16 @@ class AgentSupervisor(Tier, Scannable):
         """
         return self._serving().compact()
 
+    def resize(self, capacity_bytes: int) -> int:
+        """Have the medium, and that of every later agent, be of another size; what it is from now on.
+
+        Raises:
+            KVStoreError: the agent is down, or its medium has one size.
+        """
+        self.capacity_bytes = self._serving().resize(capacity_bytes)
+        self._config.capacity_bytes, self._config.capacity_permille = capacity_bytes, 0
+        return self.capacity_bytes
+
     def map_slab(self, slab_id: int, fd: int, segment_bytes: int) -> None:
         """Make a slab known to this agent and to every later one; `fd` is duplicated and stays the caller's.
 

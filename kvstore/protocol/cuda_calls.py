@@ -99,6 +99,10 @@ class CudaCalls:
             raise CudaError(f"{name}: this version of cuda-bindings does not have it", "CUDA_ERROR_NOT_SUPPORTED")
         try:
             result, *given = function(*arguments)
+        except TypeError as error:  # bindings of another version: what else can be done is the caller's to know
+            raise CudaError(
+                f"{name}: cuda-bindings takes other arguments: {error}", "CUDA_ERROR_NOT_SUPPORTED"
+            ) from error
         except RuntimeError as error:  # the bindings' own way to say that the library lacks a symbol, or is not there
             raise CudaMissing(f"{name}: {error}") from error
         if int(result) != _SUCCESS:

@@ -65,7 +65,7 @@ class DeviceSlabs:
         self._whole: list[int] = []
         self._open: dict[int, dict[int, None]] = {}  # by size of slot, slabs with a free one, in order of their opening
         self._next_id = 0
-        self._surplus = 0  # slabs to be given back once they are whole
+        self._retiring: set[int] = set()  # to be given back once they are whole
         self.asked_bytes = capacity_bytes
         self._grow(max(1, capacity_bytes // self.slab_bytes))
         if not self._slabs:
@@ -75,9 +75,8 @@ class DeviceSlabs:
     def capacity_bytes(self) -> int:
         """What blocks can take: all slabs, less what the cut ones cannot use at their end."""
         with self._lock:
-            kept = list(self._slabs.values())
-            spare = self._surplus * self.slab_bytes
-            return sum(slab.slots * slab.slot_bytes or slab.piece.nbytes for slab in kept) - spare
+            kept = [slab for slab_id, slab in self._slabs.items() if slab_id not in self._retiring]
+            return sum(slab.slots * slab.slot_bytes or slab.piece.nbytes for slab in kept)
 
     def counts(self) -> dict[str, int]:
         """Slabs, and how many of them no block is in."""
@@ -104,30 +103,40 @@ class DeviceSlabs:
             if slab is None:  # after close()
                 return
             heapq.heappush(slab.free, slot.number)
-            self._open.setdefault(slab.slot_bytes, {})[slot.slab] = None
             if len(slab.free) == slab.slots:
-                del self._open[slab.slot_bytes][slot.slab]
+                self._open.get(slab.slot_bytes, {}).pop(slot.slab, None)
                 slab.slot_bytes = slab.slots = 0
                 self._whole.append(slot.slab)
-                self._shrink()
+                self._release()
+            elif slot.slab not in self._retiring:
+                self._open.setdefault(slab.slot_bytes, {})[slot.slab] = None
 
     def resize(self, capacity_bytes: int) -> int:
         """Be of about that size, as far as the device allows; the capacity from now on.
 
-        Slabs with blocks in them go when their last block does: the caller deletes until enough have.
+        A slab with blocks in it goes when its last block has left it: see retiring().
         """
         with self._lock:
             wanted = max(1, capacity_bytes // self.slab_bytes)
-            kept = len(self._slabs) - self._surplus
-            if wanted < kept:
-                self._surplus += kept - wanted
-            else:
-                spared = min(self._surplus, wanted - kept)
-                self._surplus -= spared
-                self._grow(wanted - kept - spared)
+            kept = [slab_id for slab_id in self._slabs if slab_id not in self._retiring]
+            if wanted < len(kept):
+                kept.sort(key=lambda slab_id: self._slabs[slab_id].slots - len(self._slabs[slab_id].free))
+                for slab_id in kept[: len(kept) - wanted]:
+                    self._retiring.add(slab_id)
+                    self._open.get(self._slabs[slab_id].slot_bytes, {}).pop(slab_id, None)
+            for slab_id in list(self._retiring)[: max(0, wanted - len(kept))]:
+                self._retiring.remove(slab_id)
+                if self._slabs[slab_id].free:
+                    self._open.setdefault(self._slabs[slab_id].slot_bytes, {})[slab_id] = None
+            self._grow(wanted - len(self._slabs) + len(self._retiring))
             self.asked_bytes = capacity_bytes
-            self._shrink()
+            self._release()
         return self.capacity_bytes
+
+    def retiring(self) -> frozenset[int]:
+        """Slabs that are only waiting for the blocks in them to leave."""
+        with self._lock:
+            return frozenset(self._retiring)
 
     def close(self) -> None:
         """Give everything back; idempotent."""
@@ -135,7 +144,7 @@ class DeviceSlabs:
             slabs, self._slabs = self._slabs, {}
             self._whole.clear()
             self._open.clear()
-            self._surplus = 0
+            self._retiring.clear()
         for slab in slabs.values():
             self._memory.give(slab.piece)
 
@@ -162,7 +171,9 @@ class DeviceSlabs:
             self._whole.append(self._next_id)
             self._next_id += 1
 
-    def _shrink(self) -> None:
-        while self._surplus and self._whole:
-            self._memory.give(self._slabs.pop(self._whole.pop()).piece)
-            self._surplus -= 1
+    def _release(self) -> None:
+        """Give back retired slabs that are whole."""
+        for slab_id in self._retiring.intersection(self._whole):
+            self._whole.remove(slab_id)
+            self._retiring.remove(slab_id)
+            self._memory.give(self._slabs.pop(slab_id).piece)

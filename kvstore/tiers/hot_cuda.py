@@ -85,11 +85,7 @@ class HotCuda(Tier):
         except CudaError:
             device.close()
             raise
-
-    @property
-    def capacity_bytes(self) -> int:  # type: ignore[override]  # it follows what the device gives
-        """What blocks can take now."""
-        return self._slabs.capacity_bytes
+        self.capacity_bytes = self._slabs.capacity_bytes  # what blocks can take: follows how slabs are cut, in stats()
 
     def write(self, items: Sequence[TierItem]) -> list[WriteResult]:
         """Copy blocks to the device. FULL where no slot of their size is free, CORRUPT where their checksum fails."""
@@ -141,22 +137,30 @@ class HotCuda(Tier):
 
     def stats(self) -> Mapping[str, int]:
         """Blocks and bytes held, the memory behind them, and what went wrong."""
+        self._device.enter()
+        self._move_out()
+        self.capacity_bytes = self._slabs.capacity_bytes
         with self._lock:
             blocks, used = len(self._held), self._used_bytes
         return {
             "blocks": blocks,
             "raw_bytes": used,
             "stored_bytes": used,
-            "capacity_bytes": self._slabs.capacity_bytes,
+            "capacity_bytes": self.capacity_bytes,
             "pinned_bytes": self._pins.pinned_bytes(),
             **self._slabs.counts(),
             **self._tally.snapshot(),
         }
 
     def resize(self, capacity_bytes: int) -> int:
-        """Be of another size, slab by slab; the capacity from now on. Blocks are the caller's to delete first."""
+        """Be of another size, slab by slab; the capacity from now on. Blocks are the caller's to delete first.
+
+        What is left in slabs that go is moved to others as room comes free, now and whenever statistics are asked for.
+        """
         self._device.enter()
-        return self._slabs.resize(capacity_bytes)
+        self.capacity_bytes = self._slabs.resize(capacity_bytes)
+        self._move_out()
+        return self.capacity_bytes
 
     def slab_unmapped(self, slab_id: int) -> None:
         """A warm slab is about to be unmapped."""
@@ -241,6 +245,46 @@ class HotCuda(Tier):
             idle = held.gone and not held.readers
         if idle:
             self._slabs.give(held.slot)
+
+    # -- slabs that go ----------------------------------------------------------------------------------------
+
+    def _move_out(self) -> None:
+        """Copy blocks that nobody reads out of slabs that are to be given back, as far as others have room."""
+        retiring = self._slabs.retiring()
+        if not retiring:
+            return
+        with self._lock:
+            moving = [held for held in self._held.values() if held.slot.slab in retiring and not held.readers]
+            for held in moving:
+                held.readers += 1  # as if it were read: its slot stays until the copy has ended
+        places = [self._slabs.take(held.nbytes) for held in moving]
+        runs = [
+            Run(place.address, held.slot.address, held.nbytes)
+            for held, place in zip(moving, places, strict=True)
+            if place is not None
+        ]
+        is_copied = True
+        try:
+            if runs:
+                self._copier.start(Direction.ON_DEVICE, runs).wait()
+        except CudaError as error:
+            is_copied = False
+            _log.warning("%d blocks stay in slabs that are to go: %s", len(runs), error)
+        for held, place in zip(moving, places, strict=True):
+            self._settle_move(held, place if is_copied else None)
+            if place is not None and not is_copied:
+                self._slabs.give(place)
+
+    def _settle_move(self, held: _Held, place: DeviceSlot | None) -> None:
+        free: DeviceSlot | None = place
+        with self._lock:
+            held.readers -= 1
+            if held.gone and not held.readers:
+                self._slabs.give(held.slot)
+            elif place is not None and not held.gone and not held.readers:
+                held.slot, free = place, held.slot
+        if free is not None:
+            self._slabs.give(free)
 
     # -- copies -----------------------------------------------------------------------------------------------
 

@@ -500,6 +500,38 @@ class AgentCompactResponse(google.protobuf.message.Message):
 global___AgentCompactResponse = AgentCompactResponse
 
 @typing.final
+class AgentResizeRequest(google.protobuf.message.Message):
+    """Hot: be of another size, slab by slab; answers the capacity from now on."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CAPACITY_BYTES_FIELD_NUMBER: builtins.int
+    capacity_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        capacity_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity_bytes", b"capacity_bytes"]) -> None: ...
+
+global___AgentResizeRequest = AgentResizeRequest
+
+@typing.final
+class AgentResizeResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CAPACITY_BYTES_FIELD_NUMBER: builtins.int
+    capacity_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        capacity_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity_bytes", b"capacity_bytes"]) -> None: ...
+
+global___AgentResizeResponse = AgentResizeResponse
+
+@typing.final
 class AgentCloseRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

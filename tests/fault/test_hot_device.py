@@ -86,6 +86,23 @@ def test_a_share_is_of_what_the_device_has_free(start_daemon: StartDaemon, site:
     assert daemon.tier("hot").capacity_bytes == 16 * MIB
 
 
+def test_the_hot_tier_is_resized_while_it_serves(start_daemon: StartDaemon, site: FakeSite) -> None:
+    daemon = start(start_daemon, site)
+    space = space_on(daemon)
+    keys = make_hot(daemon, space)
+    request = admin_pb2.ResizeRequest(tier=types_pb2.TIER_HOT, capacity_bytes=4 * MIB)
+    assert daemon.ask("Resize", request).capacity_bytes == 4 * MIB
+    eventually(lambda: daemon.tier("hot").used_bytes <= 4 * MIB, "what is over it to leave")
+    eventually(lambda: daemon.tier("hot").medium["slabs"] == 1, "the memory to be given back")
+    assert fetch(space, keys) == (BLOCKS, []), "from hot and cold"
+    request.capacity_bytes = 48 * MIB
+    assert daemon.ask("Resize", request).capacity_bytes == 48 * MIB
+    assert daemon.tier("hot").capacity_bytes == 48 * MIB
+    daemon.agent("hot").kill()
+    eventually(lambda: daemon.tier("hot").restarts == 1 and daemon.tier("hot").state == "ok", "a fresh hot agent")
+    assert daemon.tier("hot").capacity_bytes == 48 * MIB, "the next agent has the new size"
+
+
 def test_a_device_with_less_memory_serves_what_it_has(start_daemon: StartDaemon, site: FakeSite) -> None:
     site.has(6 * MIB)
     daemon = start(start_daemon, site)

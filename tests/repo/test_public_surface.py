@@ -70,7 +70,7 @@ SERVICES = {
         "Delete Clear"
     ),
     admin_pb2.DESCRIPTOR.services_by_name["Admin"]: (
-        "GetStats ListNamespaces ListSessions InspectBlock Evict Flush Verify Compact Drain SetLogLevel Record"
+        "GetStats ListNamespaces ListSessions InspectBlock Evict Flush Verify Compact Drain SetLogLevel Resize Record"
     ),
 }
 

@@ -173,20 +173,62 @@ def test_a_slab_that_goes_is_unregistered_before_it_is_unmapped(driver: FakeDriv
         assert rig.tier.stats()["pinned_bytes"] == rig.memory.array.nbytes
 
 
-def test_shrinking_waits_for_blocks_and_growing_takes_what_there_is(driver: FakeDriver) -> None:
+def test_shrinking_moves_blocks_together_and_growing_takes_what_there_is(driver: FakeDriver) -> None:
+    """32 blocks lie in two of eight slabs; half of each goes, and what is left fits one."""
     with hot_rig(driver, 8 << 20) as rig:
         tier = tier_of(rig)
-        items = [rig.block(number) for number in range(32)]  # two of eight slabs
+        items = [rig.block(number) for number in range(32)]
         rig.store(items)
         assert tier.resize(1 << 20) == 1 << 20
-        assert driver.free_bytes == 14 << 20, "blocks keep their slabs"
+        assert driver.free_bytes == 14 << 20, "there is no room to move to yet: blocks keep their slabs"
         assert rig.fetch(items) == [Outcome.OK] * 32
-        tier.delete([item.ref for item in items[:16]])
+        tier.delete([item.ref for item in items[::2]])
+        assert tier.stats()["slabs"] == 1, "moved on the device, when statistics are asked for"
         assert driver.free_bytes == 15 << 20
-        assert rig.fetch(items[16:]) == [Outcome.OK] * 16
+        assert driver.named("cuMemcpyDtoDAsync", "cuMemcpyBatchAsync")
+        assert rig.fetch(items[1::2]) == [Outcome.OK] * 16
         assert tier.resize(64 << 20) == 16 << 20
         assert driver.free_bytes == 0
         assert rig.write([rig.block(number) for number in range(100, 120)]) == [Outcome.OK] * 20
+        assert rig.fetch(items[1::2]) == [Outcome.OK] * 16
+
+
+def test_a_block_that_is_read_is_not_moved_and_its_slab_waits(driver: FakeDriver) -> None:
+    with hot_rig(driver, 2 * GRANULARITY) as rig, ThreadPoolExecutor(1) as pool:
+        tier = tier_of(rig)
+        one, two = rig.block(1), rig.block(2)
+        rig.store([one, two])
+        rig.tier.delete([two.ref])
+        reading, go_on = threading.Event(), threading.Event()
+
+        def hold(name: str) -> None:
+            if name == "cuEventSynchronize":
+                driver.before_call = lambda name: None
+                reading.set()
+                assert go_on.wait(PATIENCE_S)
+
+        driver.before_call = hold
+        result = pool.submit(rig.fetch, [one])
+        assert reading.wait(PATIENCE_S)
+        tier._slabs._retiring.add(tier._held[one.ref].slot.slab)
+        tier.stats()
+        assert driver.named("cuMemcpyDtoDAsync") == []
+        go_on.set()
+        assert result.result(PATIENCE_S) == [Outcome.OK]
+        assert tier.stats()["slabs"] == 1
+        assert rig.fetch([one]) == [Outcome.OK]
+
+
+def test_growing_back_before_a_slab_has_gone_keeps_it(driver: FakeDriver) -> None:
+    with hot_rig(driver, 4 << 20) as rig:
+        items = [rig.block(number) for number in range(64)]
+        rig.store(items)
+        assert tier_of(rig).resize(2 << 20) == 2 << 20
+        assert tier_of(rig).resize(4 << 20) == 4 << 20
+        assert rig.fetch(items) == [Outcome.OK] * 64
+        rig.tier.delete([items[0].ref])
+        rig.store([rig.block(100)])
+        assert rig.tier.stats()["slabs"] == 8
 
 
 def test_memory_moves_to_the_size_that_is_used(driver: FakeDriver) -> None:
