@@ -98,6 +98,9 @@ class DeviceTarget:
         self._start = start
         self._device = device(buffers.ordinal)
         self._transfer: Transfer | None = None
+        self._after = (
+            buffers.after
+        )  # once: what the caller does later, as with the layers before, is not to be waited for
         self._slabs: list[Slab] = []  # mapped for as long as something is copied out of them
 
     def take(self, run: Run, ranges: Ranges) -> None:
@@ -107,7 +110,7 @@ class DeviceTarget:
         source = int(slab.rows.ctypes.data) + run.slot * slab.slot_bytes
         with device_errors():
             if self._transfer is None:
-                self._transfer = self._device.begin(buffers.after)
+                self._transfer = self._device.begin(self._after)
             self._slabs.append(slab)
             pinned = self._device.pins.want(slab, slab.memory)
             if buffers.address:
@@ -129,6 +132,7 @@ class DeviceTarget:
         if transfer is not None:
             with device_errors():
                 transfer.finish()
+            self._after = ()
         self._slabs.clear()
 
     def digest(self, block: int) -> bytes:

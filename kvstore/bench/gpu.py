@@ -136,6 +136,7 @@ class Gpu:
             rig.read()
             during = self._free_bytes()
             pinned_during = self._pinned_bytes()
+        del rig  # its tensors are the worker's own
         if self._is_cuda:
             worker.wait_until(lambda: not self._pinned_bytes(), "the worker's slabs to be let go")
         figures: dict[str, Value] = {
@@ -284,7 +285,8 @@ class _Rig:
         def work() -> None:
             for _ in range(times):
                 left @ left
-            self.sync()
+            if self._cuda:  # not the whole device: the next layer is being copied
+                self.torch.cuda.current_stream().synchronize()
 
         return work
 

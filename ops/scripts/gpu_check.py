@@ -24,7 +24,7 @@ BUILD = ROOT / "build" / "gpu-check"
 SITE = BUILD / "site"
 TESTS_S = 220
 BENCH_S = 220
-# By the name to import, how the package is called. lmdb and zstandard are not needed: there is no cold tier here.
+# By the name to import, how the package is called. lmdb is not needed: there is no cold tier here.
 NEEDED = {
     "torch": "torch",
     "numpy": "numpy",
@@ -33,6 +33,7 @@ NEEDED = {
     "grpc_health": "grpcio-health-checking",
     "grpc_reflection": "grpcio-reflection",
     "xxhash": "xxhash",
+    "zstandard": "zstandard",
     "psutil": "psutil",
     "click": "click",
     "rich": "rich",

@@ -22,7 +22,10 @@ def reason_to_skip() -> str:
         return str(error)
     import torch
 
-    return "" if torch.cuda.is_available() else "this torch cannot use the CUDA device"
+    if not torch.cuda.is_available():
+        return "this torch cannot use the CUDA device"
+    torch.zeros(1, device="cuda")  # its context stays, whatever tiers come and go
+    return ""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -369,6 +369,24 @@ def test_the_next_layer_is_copied_while_the_caller_has_this_one(driver: FakeDriv
         assert list(layers) == [1, 2, 3]
 
 
+def test_later_layers_do_not_wait_for_what_the_caller_computes(driver: FakeDriver, layered: Namespace) -> None:
+    """Only the first copy is ordered behind the tensor's stream: what the caller computes is to hide the next ones."""
+    keys = chain(layered, N)
+    layered.put(keys, contents(keys, layered.block_nbytes))
+    driver.cuCtxSetCurrent(1000)
+    _, stream = driver.cuStreamCreate(0)
+    out = driver.array((N, layered.block_nbytes), stream=stream)
+    with layered.acquire(keys) as lease:
+        assert list(lease.read_layers(out)) == [0, 1, 2, 3]
+    assert [call[2] for call in driver.named("cuEventRecord")].count(stream) == 1
+    _, event = driver.cuEventCreate(0)
+    driver.cuEventRecord(event, stream)
+    before = len(driver.named("cuStreamWaitEvent"))
+    with layered.acquire(keys) as lease:
+        assert list(lease.read_layers(out, stream=SimpleNamespace(cuda_event=event))) == [0, 1, 2, 3]
+    assert [call[2] for call in driver.named("cuStreamWaitEvent")[before:]] == [event]
+
+
 def test_a_block_taken_back_between_two_layers(driver: FakeDriver, daemon: FakeDaemon, layered: Namespace) -> None:
     keys = chain(layered, N)
     layered.put(keys, contents(keys, layered.block_nbytes))
