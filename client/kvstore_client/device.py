@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvstore.protocol.cuda_calls import CudaBroken, CudaCalls, CudaError, CudaMissing, load_driver
-from kvstore.protocol.cuda_copies import AsyncCopies, Direction, Rows, Run
+from kvstore.protocol.cuda_copies import AsyncCopies, Direction, Rows, Run, await_event
 from kvstore.protocol.errors import InternalError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 _PORTABLE, _READ_ONLY = 1, 8  # CU_MEMHOSTREGISTER_*
 _NON_BLOCKING_STREAM = 1
-_SLEEPING_EVENT = 1 | 2  # who waits for it sleeps; nothing is timed
-_ORDERING_EVENT = 2
+_UNTIMED_EVENT = 2
+_WAIT_S = 60.0  # 256 MiB take 0.1 s on the slowest bus: a device that takes so long does not come back
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -138,8 +138,8 @@ class Device:
             if self._idle:
                 return self._idle.pop()
         stream = self.calls("cuStreamCreate", _NON_BLOCKING_STREAM)
-        done = self.calls("cuEventCreate", _SLEEPING_EVENT)
-        return _Lane(stream, done, self.calls("cuEventCreate", _ORDERING_EVENT))
+        done = self.calls("cuEventCreate", _UNTIMED_EVENT)
+        return _Lane(stream, done, self.calls("cuEventCreate", _UNTIMED_EVENT))
 
     def _read_only_flag(self, handle: Any) -> int | None:  # noqa: ANN401 - the driver's own type
         """How to register memory that is mapped for reading only; None where the device cannot."""
@@ -181,7 +181,7 @@ class Transfer:
         try:
             with self._device.current():
                 calls("cuEventRecord", self._lane.done, self._lane.stream)
-                calls("cuEventSynchronize", self._lane.done)
+                await_event(calls, self._lane.done, _WAIT_S)
         except CudaError as error:
             raise CudaBroken(f"copies may still be under way: {error}") from error
         self._device.give(self._lane)

@@ -12,6 +12,7 @@ from typing import Any, Final
 DRIVER_MODULE: Final = "cuda.bindings.driver"
 
 _SUCCESS = 0
+_NOT_READY = "CUDA_ERROR_NOT_READY"
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 # After one of these every later call of the process fails: only another process can go on.
 _BROKEN: Final = frozenset(
@@ -72,7 +73,7 @@ def load_driver() -> Any:  # noqa: ANN401 - a module without types
     """
     try:
         return importlib.import_module(DRIVER_MODULE)
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # the package, its libraries, or the driver's
         raise CudaMissing(f"{DRIVER_MODULE} cannot be imported ({error}); install the package cuda-bindings") from error
 
 
@@ -110,6 +111,19 @@ class CudaCalls:
         if len(given) <= 1:
             return given[0] if given else None
         return tuple(given)
+
+    def is_done(self, event: Any) -> bool:  # noqa: ANN401 - a CUevent
+        """Whether everything before an event's record has ended.
+
+        Raises:
+            CudaError, CudaBroken: it cannot be told.
+        """
+        (result,) = self.api.cuEventQuery(event)
+        if int(result) == _SUCCESS:
+            return True
+        if getattr(result, "name", "") == _NOT_READY:
+            return False
+        raise self._error("cuEventQuery", result)
 
     def has(self, name: str) -> bool:
         """Whether the driver has a function of this name."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
-from kvstore.protocol.cuda_calls import CudaCalls, CudaError
+from kvstore.protocol.cuda_calls import CudaBroken, CudaCalls, CudaError
 
 _BATCH_MIN = 4  # fewer runs are called one by one
+# A block of 2 MiB takes some 100 us over PCIe. What takes longer loses little by a step of sleep.
+_SPIN_S = 200e-6
+_STEP_S = 50e-6
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +43,26 @@ class Rows(NamedTuple):
     source_pitch: int
     width: int
     height: int
+
+
+def await_event(calls: CudaCalls, event: Any, timeout_s: float) -> None:  # noqa: ANN401 - a CUevent
+    """Wait until everything before an event's record has ended.
+
+    By asking again and again: some versions of the bindings keep the GIL while cuEventSynchronize waits, and nothing
+    bounds it.
+
+    Raises:
+        CudaBroken: it has not ended within `timeout_s`, or that cannot be told.
+    """
+    began_s = time.monotonic()
+    try:
+        while not calls.is_done(event):
+            waited_s = time.monotonic() - began_s
+            if waited_s > timeout_s:
+                raise CudaBroken(f"copies have not ended within {timeout_s:g} s")
+            time.sleep(0.0 if waited_s < _SPIN_S else _STEP_S)
+    except CudaError as error:
+        raise CudaBroken(f"copies may still be under way: {error}") from error
 
 
 def merged(runs: Sequence[Run]) -> list[Run]:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kvstore.protocol.cuda_calls import CudaBroken, CudaError
-from kvstore.protocol.cuda_copies import AsyncCopies, Direction, Run
+from kvstore.protocol.cuda_copies import AsyncCopies, Direction, Run, await_event
 from kvstore.tiers.cuda import CudaDevice
 
 _NON_BLOCKING_STREAM = 1
-_BLOCKING_EVENT = 1 | 2  # a thread that waits sleeps, and nothing is timed
+_UNTIMED_EVENT = 2
+_WAIT_S = 600.0  # longer than any agent_timeout_s: the daemon ends an agent that waits for a hung device
 
 
 class _Lane(NamedTuple):
@@ -88,7 +89,7 @@ class Copier:
                 return self._idle.pop()
         stream = self._calls("cuStreamCreate", _NON_BLOCKING_STREAM)
         try:
-            lane = _Lane(stream, self._calls("cuEventCreate", _BLOCKING_EVENT))
+            lane = _Lane(stream, self._calls("cuEventCreate", _UNTIMED_EVENT))
         except CudaError:
             self._calls("cuStreamDestroy", stream)
             raise
@@ -100,8 +101,8 @@ class Copier:
         self._device.enter()
         try:
             self._calls("cuEventRecord", lane.event, lane.stream)
-            self._calls("cuEventSynchronize", lane.event)
         except CudaError as error:
             raise CudaBroken(f"copies may still be under way: {error}") from error
+        await_event(self._calls, lane.event, _WAIT_S)
         with self._lock:
             self._idle.append(lane)

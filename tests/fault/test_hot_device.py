@@ -164,9 +164,9 @@ def test_a_driver_that_hangs_or_breaks_costs_its_agent(start_daemon: StartDaemon
     daemon = start(start_daemon, site)
     space = space_on(daemon)
     keys = make_hot(daemon, space)
-    site.fault("cuEventSynchronize", what)
+    site.fault("cuEventQuery", what)
     assert fetch(space, keys)[1] == [], "what goes with its agent is a miss"
-    site.mend("cuEventSynchronize")
+    site.mend("cuEventQuery")
     eventually(lambda: daemon.tier("hot").restarts >= 1 and daemon.tier("hot").state == "ok", "a fresh hot agent")
     assert fetch(space, keys) == (BLOCKS, []), "from cold"
     assert fetch(space, make_hot(daemon, space, seed=2)) == (BLOCKS, [])

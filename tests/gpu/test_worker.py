@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,6 +65,32 @@ def test_read_into(space: Namespace, keys: Keys, form: str) -> None:
             assert lease.read_into(out, verify=True) == N
             assert wrong(keys, rows(apart[:, :NBYTES] if form == "rows apart" else whole)) == []
             eventually(pins_are_tried, "the slabs to be registered, or not")
+
+
+class OnlyDlpack:
+    """A tensor as a library gives it that speaks DLPack and nothing else."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def __dlpack__(self, **options: object) -> object:
+        return self._tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> object:
+        return self._tensor.__dlpack_device__()
+
+
+def test_memory_of_other_libraries(space: Namespace, keys: Keys) -> None:
+    whole = torch.zeros((N, NBYTES), dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    with space.acquire(keys) as lease:
+        assert lease.read_into(OnlyDlpack(whole), verify=True) == N
+        assert wrong(keys, rows(whole)) == []
+        whole.zero_()
+        torch.cuda.synchronize()
+        interface = SimpleNamespace(__cuda_array_interface__=whole.__cuda_array_interface__)
+        assert lease.read_into(interface, verify=True) == N
+    assert wrong(keys, rows(whole)) == []
 
 
 def test_slabs_are_let_go_with_the_client(space: Namespace, keys: Keys, client: Client) -> None:

@@ -32,6 +32,7 @@ class CUresult(IntEnum):
     CUDA_ERROR_NO_DEVICE = 100
     CUDA_ERROR_INVALID_CONTEXT = 201
     CUDA_ERROR_INVALID_HANDLE = 400
+    CUDA_ERROR_NOT_READY = 600
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
     CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED = 712
     CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED = 713
@@ -355,7 +356,7 @@ class FakeDriver:
         assert event in self._events
         self._events[event] = (stream, len(self._streams[stream]))
 
-    def cuEventSynchronize(self, event: int) -> None:
+    def cuEventQuery(self, event: int) -> None:
         self._run(*self._events[event])
 
     def cuMemcpyHtoDAsync(self, to: int, source: int, nbytes: int, stream: int) -> None:

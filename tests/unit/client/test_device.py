@@ -134,7 +134,7 @@ def test_a_slot_reused_while_it_is_copied(driver: FakeDriver, daemon: FakeDaemon
     """The generation is read after the copy has ended, not after it was begun."""
 
     def lose(name: str) -> None:
-        if name == "cuEventSynchronize":
+        if name == "cuEventQuery":
             daemon.lose([keys[N - 1]])
 
     driver.before_call = lose
@@ -363,9 +363,9 @@ def test_the_next_layer_is_copied_while_the_caller_has_this_one(driver: FakeDriv
     with layered.acquire(keys) as lease:
         layers = lease.read_layers(out)
         next(layers)
-        done = len(driver.named("cuEventSynchronize"))
-        eventually(lambda: len(driver.named("cuEventSynchronize")) == done + 1 or done == 2, "the second layer")
-        assert len(driver.named("cuEventSynchronize")) <= 2, "one ahead, and no more"
+        done = len(driver.named("cuEventQuery"))
+        eventually(lambda: len(driver.named("cuEventQuery")) == done + 1 or done == 2, "the second layer")
+        assert len(driver.named("cuEventQuery")) <= 2, "one ahead, and no more"
         assert list(layers) == [1, 2, 3]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from fake_cuda import GRANULARITY, CUresult, FakeDriver
 from kvstore.protocol.cuda_calls import CudaBroken, CudaCalls, CudaError, CudaMissing, CudaOutOfMemory, load_driver
-from kvstore.protocol.cuda_copies import Direction, Run, merged
+from kvstore.protocol.cuda_copies import Direction, Run, await_event, merged
 from kvstore.tiers.cuda import CudaDevice
 from kvstore.tiers.cuda_copies import Copier
 from kvstore.tiers.cuda_memory import DeviceMemory
@@ -216,11 +216,31 @@ def test_a_copy_that_is_refused_has_ended_when_its_error_comes(driver: FakeDrive
     assert driver.under_way() == 0
     driver.relent("cuMemcpyHtoDAsync")
     copying = copier.start(Direction.TO_DEVICE, runs)
-    driver.refuse("cuEventSynchronize", CUresult.CUDA_ERROR_INVALID_VALUE)
+    driver.refuse("cuEventQuery", CUresult.CUDA_ERROR_INVALID_VALUE)
     with pytest.raises(CudaBroken, match="may still be under way"):
         copying.wait()
-    driver.relent("cuEventSynchronize")
+    driver.relent("cuEventQuery")
     copier._settle(copier._all[0])
+    copier.close()
+    memory.give(piece)
+
+
+def test_a_wait_asks_until_the_copies_have_ended_and_is_bounded(driver: FakeDriver, device: CudaDevice) -> None:
+    memory, copier = DeviceMemory(device), Copier(device)
+    piece, host = memory.take(GRANULARITY), np.ones(512, np.uint8)
+    asked = []
+
+    def not_yet(event: int) -> Any:
+        asked.append(event)
+        return (CUresult.CUDA_ERROR_NOT_READY,) if len(asked) < 400 else None
+
+    driver.refuse("cuEventQuery", not_yet)
+    copier.start(Direction.TO_DEVICE, [Run(piece.address, host.ctypes.data, 512)]).wait()
+    assert len(asked) == 400 and driver.bytes_at(piece.address, 512).all()
+    driver.refuse("cuEventQuery", CUresult.CUDA_ERROR_NOT_READY)
+    with pytest.raises(CudaBroken, match=r"have not ended within 0.01 s"):
+        await_event(device.calls, copier._all[0].event, 0.01)
+    driver.relent("cuEventQuery")
     copier.close()
     memory.give(piece)
 

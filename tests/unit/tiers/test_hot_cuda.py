@@ -51,14 +51,14 @@ def test_a_batch_is_one_set_of_copies_and_one_wait(driver: FakeDriver, where: st
             rig.store(items)
         else:
             rig.store(items)
-            before = len(driver.named("cuEventSynchronize"))
+            before = len(driver.named("cuEventQuery"))
             targets = [item._replace(range=rig.memory.reserve(BLOCK)._replace(nbytes=BLOCK)) for item in items]
             assert rig.tier.read(targets) == [Outcome.OK] * 8
-            assert len(driver.named("cuEventSynchronize")) == before + 1
+            assert len(driver.named("cuEventQuery")) == before + 1
             return
         # Neighbours in the slab and on the device: one copy of 512 KiB.
         assert [call[3] for call in driver.named("cuMemcpyHtoDAsync")] == [8 * BLOCK]
-        assert len(driver.named("cuEventSynchronize")) == 1
+        assert len(driver.named("cuEventQuery")) == 1
 
 
 def test_all_memory_is_taken_at_the_start_and_less_is_less(driver: FakeDriver) -> None:
@@ -108,10 +108,10 @@ def test_a_copy_that_the_driver_refuses_is_busy_and_costs_nothing(driver: FakeDr
 def test_a_broken_device_ends_the_process_instead_of_answering(driver: FakeDriver) -> None:
     rig = hot_rig(driver)
     rig.store([rig.block(1)])
-    driver.refuse("cuEventSynchronize", CUresult.CUDA_ERROR_LAUNCH_FAILED)
+    driver.refuse("cuEventQuery", CUresult.CUDA_ERROR_LAUNCH_FAILED)
     with pytest.raises(CudaBroken):
         rig.tier.read([rig.target(rig.block(1))])
-    driver.relent("cuEventSynchronize")
+    driver.relent("cuEventQuery")
     copier = tier_of(rig)._copier
     copier._settle(copier._all[0])
     rig.tier.close()
@@ -125,7 +125,7 @@ def test_a_slot_is_not_given_away_while_it_is_read(driver: FakeDriver) -> None:
         reading, go_on = threading.Event(), threading.Event()
 
         def hold(name: str) -> None:
-            if name == "cuEventSynchronize":
+            if name == "cuEventQuery":
                 driver.before_call = lambda name: None
                 reading.set()
                 assert go_on.wait(PATIENCE_S)
@@ -202,7 +202,7 @@ def test_a_block_that_is_read_is_not_moved_and_its_slab_waits(driver: FakeDriver
         reading, go_on = threading.Event(), threading.Event()
 
         def hold(name: str) -> None:
-            if name == "cuEventSynchronize":
+            if name == "cuEventQuery":
                 driver.before_call = lambda name: None
                 reading.set()
                 assert go_on.wait(PATIENCE_S)
