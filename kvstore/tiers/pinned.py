@@ -25,15 +25,23 @@ class SegmentMemory(SlabMemory, Protocol):
         """Every byte of a slab. Raises KeyError for one that is not mapped."""
 
 
+class _Slab:
+    """A slab's bytes, which keep its mapping; `is_pinned` is None until that has been tried."""
+
+    def __init__(self, array: NDArray[np.uint8]) -> None:
+        self.array = array
+        self.lock = threading.Lock()
+        self.is_pinned: bool | None = None
+
+
 class PinnedSlabs:
     """Registers each slab at its first use. A slab that the driver does not take is used as it is: slower, as right."""
 
     def __init__(self, device: CudaDevice, memory: SegmentMemory) -> None:
         self._device = device
         self._memory = memory
-        self._lock = threading.Lock()
-        # The array keeps the mapping: memory must not be unmapped while the driver has it.
-        self._slabs: dict[int, tuple[NDArray[np.uint8], bool]] = {}
+        self._lock = threading.Lock()  # not held while a slab is registered: that takes milliseconds
+        self._slabs: dict[int, _Slab] = {}
 
     def pin(self, slab_id: int) -> bool:
         """Register a slab, if that has not been tried yet; whether it is pinned.
@@ -42,24 +50,26 @@ class PinnedSlabs:
             KeyError: no such slab.
         """
         with self._lock:
-            known = self._slabs.get(slab_id)
-            if known is None:
-                array = self._memory.segment(slab_id)
-                known = self._slabs[slab_id] = (array, self._register(slab_id, array))
-            return known[1]
+            slab = self._slabs.get(slab_id)
+            if slab is None:
+                slab = self._slabs[slab_id] = _Slab(self._memory.segment(slab_id))
+        with slab.lock:
+            if slab.is_pinned is None:
+                slab.is_pinned = self._register(slab_id, slab.array)
+            return slab.is_pinned
 
     def pinned_bytes(self) -> int:
         """Bytes that the driver has pinned."""
         with self._lock:
-            return sum(array.nbytes for array, pinned in self._slabs.values() if pinned)
+            return sum(slab.array.nbytes for slab in self._slabs.values() if slab.is_pinned)
 
     def forget(self, slab_id: int) -> None:
         """The slab is to be unmapped; nothing copies there any more. One that is not known is fine."""
         self._device.enter()
         with self._lock:
-            array, pinned = self._slabs.pop(slab_id, (None, False))
-        if array is not None and pinned:
-            self._unregister(slab_id, array)
+            slab = self._slabs.pop(slab_id, None)
+        if slab is not None and slab.is_pinned:
+            self._unregister(slab_id, slab.array)
 
     def close(self) -> None:
         """Forget every slab."""

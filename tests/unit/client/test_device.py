@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -109,8 +108,7 @@ def test_slabs_are_registered_once_and_let_go_with_the_client(
         lease.read_into(out)
     assert len(driver.named("cuMemHostRegister")) == 2
     client.close()
-    del lease, space, client
-    eventually(lambda: gc.collect() >= 0 and not driver.registered, "the slabs to be let go")
+    eventually(lambda: not driver.registered, "the slabs to be let go")
     assert pins.pinned_bytes() == 0
 
 
