@@ -201,7 +201,8 @@ class LeaseGroup:
                 target.take(run, ranges)
         finally:
             target.finish()
-        nbytes = sum(end - first for first, end in ranges)
+        first, end = ranges[0]
+        nbytes = end - first if len(ranges) == 1 else sum([last - begin for begin, last in ranges])
         self._claim.note_copy((stop - start) * nbytes, time.perf_counter() - begin_s)
         with self._fence:
             pass
