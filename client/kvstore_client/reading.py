@@ -177,33 +177,64 @@ class LeaseGroup:
                 return
             if self._placement.stop < stop:
                 raise LeaseExpired(f"block {self._placement.stop} was lost while it was loaded")
-        # One thread: while the caller computes with a layer the next one is copied, and no more than that.
+        layers = self._layers_in_flight if target.is_asynchronous else self._layers_by_thread
+        yield from layers(steps, target, blocks)
+
+    def _layers_in_flight(
+        self, steps: Sequence[tuple[int, Ranges]], target: Target, blocks: tuple[int, int]
+    ) -> Iterator[int]:
+        """The device copies the next layer by itself while the caller computes with this one.
+
+        Without a thread: to get the interpreter back from a caller that is busy can take 5 ms, for each layer.
+        """
+        try:
+            for at, (layer, ranges) in enumerate(steps):
+                if at == 0:
+                    self._begin_copy(*blocks, target, ranges)
+                self._end_copy(*blocks, target)
+                for _, following in steps[at + 1 : at + 2]:
+                    self._begin_copy(*blocks, target, following)
+                yield layer
+        finally:
+            target.finish()
+
+    def _layers_by_thread(
+        self, steps: Sequence[tuple[int, Ranges]], target: Target, blocks: tuple[int, int]
+    ) -> Iterator[int]:
+        """One thread: while the caller computes with a layer the next one is copied, and no more than that."""
         with ThreadPoolExecutor(1, "kvstore-client-layers") as pool:
-            copying = [pool.submit(self._copy, start, stop, target, ranges) for _, ranges in steps[:1]]
+            copying = [pool.submit(self._copy, *blocks, target, ranges) for _, ranges in steps[:1]]
             for at, (layer, _) in enumerate(steps):
                 copying.pop().result()
-                copying += [
-                    pool.submit(self._copy, start, stop, target, ranges) for _, ranges in steps[at + 1 : at + 2]
-                ]
+                copying += [pool.submit(self._copy, *blocks, target, ranges) for _, ranges in steps[at + 1 : at + 2]]
                 yield layer
 
     def _copy(self, start: int, stop: int, target: Target, ranges: Ranges) -> None:
-        """Copy bytes of readable blocks and prove the copy: nobody may have reused a slot meanwhile."""
+        """Copy bytes of readable blocks and prove the copy."""
+        begin_s = time.perf_counter()
+        try:
+            self._begin_copy(start, stop, target, ranges)
+        except BaseException:
+            target.finish()
+            raise
+        self._end_copy(start, stop, target)
+        first, end = ranges[0]
+        nbytes = end - first if len(ranges) == 1 else sum([last - begin for begin, last in ranges])
+        self._claim.note_copy((stop - start) * nbytes, time.perf_counter() - begin_s)
+
+    def _begin_copy(self, start: int, stop: int, target: Target, ranges: Ranges) -> None:
+        """Begin to copy bytes of readable blocks; target.finish() must follow, whatever happens."""
         runs = self._placement.runs(start, stop)
         with self._fence:  # barriers: the generations are read before the first byte and after the last one
             pass
         for run in runs:
             if not run.slab.is_populated:
                 self._claim.populate(run.slab)
-        begin_s = time.perf_counter()
-        try:
-            for run in runs:
-                target.take(run, ranges)
-        finally:
-            target.finish()
-        first, end = ranges[0]
-        nbytes = end - first if len(ranges) == 1 else sum([last - begin for begin, last in ranges])
-        self._claim.note_copy((stop - start) * nbytes, time.perf_counter() - begin_s)
+            target.take(run, ranges)
+
+    def _end_copy(self, start: int, stop: int, target: Target) -> None:
+        """Wait for the copy and prove it: nobody may have reused a slot meanwhile."""
+        target.finish()
         with self._fence:
             pass
         good = self._placement.readable_to(start, stop)  # asks for the runs again: none is left if the lease ended

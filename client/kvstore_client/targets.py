@@ -24,13 +24,19 @@ Ranges: TypeAlias = Sequence[tuple[int, int]]
 
 
 class Target(Protocol):
-    """Memory for consecutive blocks; one thread at a time."""
+    """Memory for consecutive blocks; one thread at a time.
+
+    Attributes:
+        is_asynchronous: whether copies go on by themselves between take() and finish().
+    """
+
+    is_asynchronous: bool
 
     def take(self, run: Run, ranges: Ranges) -> None:
         """Begin to copy these bytes of the blocks in a run to their places."""
 
     def finish(self) -> None:
-        """Return once nothing is copied any more; to be called after take(), whatever happened."""
+        """Return once nothing is copied any more; to be called after take(), whatever happened. Idempotent."""
 
     def digest(self, block: int) -> bytes:
         """xxh3-128 of what was copied for a block."""
@@ -58,6 +64,8 @@ def target_of(out: Any, layout: KVLayout, blocks: int, start: int, after: After 
 
 class HostTarget:
     """Host memory; copies have ended when take() returns."""
+
+    is_asynchronous = False
 
     __slots__ = ("_nbytes", "_pieces", "_start", "_whole")
 
@@ -96,6 +104,8 @@ class HostTarget:
 
 class DeviceTarget:
     """Device memory; copies run on a stream of their own until finish()."""
+
+    is_asynchronous = True
 
     def __init__(self, buffers: DeviceBuffers, nbytes: int, start: int) -> None:
         self._buffers = buffers
