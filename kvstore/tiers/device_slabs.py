@@ -14,7 +14,8 @@ from typing import NamedTuple
 from kvstore.protocol.cuda_calls import CudaOutOfMemory
 from kvstore.tiers.cuda_memory import DeviceMemory, DevicePiece
 
-SLAB_BYTES = 64 << 20
+_SLAB_MIN_BYTES, _SLAB_MAX_BYTES = 64 << 20, 512 << 20
+_SLABS = 32  # of a large tier: few for what they cost to make, enough for sizes of block to come and go
 _SLABS_MIN = 8  # of a small tier, so that several sizes of block find one each
 _SLOT_ALIGNMENT = 512
 
@@ -49,16 +50,16 @@ class _Slab:
 class DeviceSlabs:
     """Gives out slots. Any thread that has entered the device."""
 
-    def __init__(self, memory: DeviceMemory, capacity_bytes: int, slab_bytes: int = SLAB_BYTES) -> None:
-        """Take up to `capacity_bytes` of `memory`, in slabs of at most about `slab_bytes`: as many as there are.
+    def __init__(self, memory: DeviceMemory, capacity_bytes: int) -> None:
+        """Take up to `capacity_bytes` of `memory`, in slabs: as many as there are.
 
         Raises:
             CudaOutOfMemory: there is not one slab.
             CudaError: the driver refuses.
         """
         grain = memory.granularity
-        wanted = min(slab_bytes, max(capacity_bytes // _SLABS_MIN, grain))
-        self.slab_bytes = max(grain, wanted // grain * grain)
+        large = max(_SLAB_MIN_BYTES, min(_SLAB_MAX_BYTES, capacity_bytes // _SLABS))
+        self.slab_bytes = max(grain, min(large, capacity_bytes // _SLABS_MIN) // grain * grain)
         self._memory = memory
         self._lock = threading.Lock()
         self._slabs: dict[int, _Slab] = {}

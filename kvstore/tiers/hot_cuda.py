@@ -20,7 +20,7 @@ from kvstore.tiers.checksums import block_checksum
 from kvstore.tiers.cuda import CudaDevice
 from kvstore.tiers.cuda_copies import Copier
 from kvstore.tiers.cuda_memory import DeviceMemory
-from kvstore.tiers.device_slabs import SLAB_BYTES, DeviceSlabs, DeviceSlot
+from kvstore.tiers.device_slabs import DeviceSlabs, DeviceSlot
 from kvstore.tiers.pinned import PinnedSlabs, SegmentMemory
 from kvstore.tiers.tally import Tally
 
@@ -62,7 +62,6 @@ class HotCuda(Tier):
         memory: SegmentMemory,
         *,
         exportable: bool = True,
-        slab_bytes: int = SLAB_BYTES,
     ) -> None:
         """Take up to `capacity_bytes` of `device`, which is this tier's to close from now on.
 
@@ -77,18 +76,21 @@ class HotCuda(Tier):
         self._held: dict[BlockRef, _Held] = {}
         self._used_bytes = 0
         self._closed = False
-        self._tally = Tally(("corrupt", "missing", "full", "unmapped", "copy_errors"))
+        self._tally = Tally(("corrupt", "missing", "full", "unmapped", "too_large", "copy_errors"))
         try:
             self._pins = PinnedSlabs(device, memory)
             self._copier = Copier(device)
-            self._slabs = DeviceSlabs(DeviceMemory(device, exportable=exportable), capacity_bytes, slab_bytes)
+            self._slabs = DeviceSlabs(DeviceMemory(device, exportable=exportable), capacity_bytes)
         except CudaError:
             device.close()
             raise
         self.capacity_bytes = self._slabs.capacity_bytes  # what blocks can take: follows how slabs are cut, in stats()
 
     def write(self, items: Sequence[TierItem]) -> list[WriteResult]:
-        """Copy blocks to the device. FULL where no slot of their size is free, CORRUPT where their checksum fails."""
+        """Copy blocks to the device.
+
+        FULL where no slot of their size is free, CORRUPT where their checksum fails, BUSY where no slab is so large.
+        """
         self._device.enter()
         results = [WriteResult(Outcome.BUSY)] * len(items)
         parts: list[_Part] = []
@@ -187,6 +189,9 @@ class HotCuda(Tier):
             array = self._memory.view(item.range)
         except KeyError:
             self._tally.add("unmapped")
+            return Outcome.BUSY
+        if array.nbytes > self._slabs.slab_bytes:  # not FULL: no room that others could make would help
+            self._tally.add("too_large")
             return Outcome.BUSY
         slot = self._slabs.take(array.nbytes)
         if slot is None:

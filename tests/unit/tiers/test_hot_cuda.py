@@ -247,6 +247,22 @@ def test_memory_moves_to_the_size_that_is_used(driver: FakeDriver) -> None:
     device.close()
 
 
+@pytest.mark.parametrize(("capacity_mib", "slab_mib"), [(1, 0.125), (256, 32), (1024, 64), (4096, 128), (65536, 512)])
+def test_slabs_are_larger_in_a_larger_tier(driver: FakeDriver, capacity_mib: int, slab_mib: float) -> None:
+    device = CudaDevice("cuda:0", driver)
+    memory = DeviceMemory(device)
+    driver.refuse("cuMemCreate", CUresult.CUDA_ERROR_OUT_OF_MEMORY)
+    with pytest.raises(CudaOutOfMemory, match=f"one slab of {int(slab_mib * (1 << 20))} bytes"):
+        DeviceSlabs(memory, capacity_mib << 20)
+    device.close()
+
+
+def test_a_block_that_is_larger_than_a_slab_pushes_nobody_out(driver: FakeDriver) -> None:
+    with hot_rig(driver, 4 << 20) as rig:
+        assert rig.write([rig.block(1, nbytes=(512 << 10) + 1)]) == [Outcome.BUSY]
+        assert rig.tier.stats()["too_large"] == 1
+
+
 def test_what_a_cut_slab_cannot_use_is_not_counted_as_capacity(driver: FakeDriver) -> None:
     device = CudaDevice("cuda:0", driver)
     slabs = DeviceSlabs(DeviceMemory(device), 4 * GRANULARITY)
