@@ -16,10 +16,10 @@ install := $(BIN)/python -m pip install --quiet --quiet --constraint constraints
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test fast check coverage chaos soak format proto bench clean distclean
+.PHONY: help demo test fast check coverage chaos soak format proto bench gpu-check clean distclean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo '  Variables: PYTHON (3.11 or later), PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, KILLS, MINUTES, SEED'
 
 demo: $(VENV)/.demo ## Serve a prompt's prefix from the cache, and show what it saves
@@ -62,6 +62,10 @@ proto: ## Regenerate kvstore/v1 from proto/ with the pinned generator
 
 bench: $(VENV)/.dev ## Measure a daemon of its own, as ratios to memcpy
 	$(BIN)/kvctl bench --spawn $(BENCH_ARGS)
+
+# With whatever Python is there: a machine with a device often has no network, and a torch of its own.
+gpu-check: ## Test and measure the hot tier on a CUDA device, offline: make gpu-check [WHEELS=dir] [PYTHON=python3]
+	$(PYTHON) ops/scripts/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_ARGS)
 
 clean: ## Remove caches and build output
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage* demo.png

@@ -18,7 +18,7 @@ from types import FrameType
 import click
 
 from kvstore import runtime
-from kvstore.config import Config
+from kvstore.config import Config, device_environment
 from kvstore.core.adaptive import Adaptive
 from kvstore.core.block import COLD, HOT, WARM
 from kvstore.core.leaf_lru import LeafLru
@@ -26,7 +26,7 @@ from kvstore.core.policy import PolicyFactory
 from kvstore.engine.store import Store, StoreConfig
 from kvstore.engine.supervisor import AgentSupervisor
 from kvstore.machine import Machine
-from kvstore.protocol.errors import KVStoreError, PermissionDenied
+from kvstore.protocol.errors import KVStoreError, PermissionDenied, Unavailable
 from kvstore.telemetry import log
 from kvstore.transport.config import Limits, TransportConfig, TransportHooks
 from kvstore.transport.server import Transport
@@ -95,13 +95,22 @@ class Daemon:
         with contextlib.ExitStack() as undo:
             for agent in self._agents:
                 undo.callback(agent.close)
-                agent.start()
+                self._start_agent(agent)
             self._store.start()
             undo.callback(self._store.close, 0.0)
             transport = self._make_transport()
             transport.start()
             undo.pop_all()
         self._transport = transport
+
+    def _start_agent(self, agent: AgentSupervisor) -> None:
+        """Start an agent. Without a device the daemon serves from the other tiers, and says why."""
+        try:
+            agent.start()
+        except Unavailable as error:
+            if agent.name != "hot":
+                raise
+            _log.error("the hot tier is off: %s", error)
 
     def close(self, grace_s: float) -> None:
         """Refuse new blocks, let leases end, close the door, save what is worth it: all within `grace_s`."""
@@ -152,9 +161,15 @@ class Daemon:
                 free_reserve_bytes=config.cold_reserve_bytes,
             )
             agents.append(self._agent(COLD, cold))
-        if config.hot_bytes:
-            hot = agent_pb2.AgentConfig(tier="hot", capacity_bytes=config.hot_bytes, device=config.hot_device)
+        if config.hot_device != "off":
+            hot = agent_pb2.AgentConfig(
+                tier="hot",
+                capacity_bytes=config.hot_bytes,
+                capacity_permille=config.hot_permille,
+                device=config.hot_device,
+            )
             agents.append(self._agent(HOT, hot))
+            agents[-1].environment = device_environment()
         return agents
 
     def _agent(self, tier: int, agent_config: agent_pb2.AgentConfig) -> AgentSupervisor:
@@ -163,7 +178,7 @@ class Daemon:
         agent = AgentSupervisor(
             name,
             agent_config,
-            on_up=lambda: store.tier_up(tier),
+            on_up=lambda: store.tier_up(tier, agent.capacity_bytes),
             on_down=lambda: store.tier_down(tier),
             call_timeout_s=self._config.agent_timeout_s,
         )

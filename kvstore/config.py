@@ -28,15 +28,25 @@ from pathlib import Path
 
 from kvstore.machine import Machine, disk_used_bytes, free_disk_bytes
 from kvstore.settings import COLD_BYTES_MIN, WARM_BYTES_MIN, ConfigError, Settings, Tenant
-from kvstore.sizes import GIB, MIB, format_size
+from kvstore.sizes import GIB, MIB, Share, format_size
 
-__all__ = ["Config", "ConfigError", "Tenant", "child_environment", "default_addresses", "load", "prepare_state_dir"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Tenant",
+    "child_environment",
+    "default_addresses",
+    "device_environment",
+    "load",
+    "prepare_state_dir",
+]
 
 DEFAULT_TENANT = "default"
 SOCKET_NAME = "kvstore.sock"
 ATTACH_SUFFIX = ".attach"
 SOCKET_PATH_MAX = 107  # sockaddr_un has 108 bytes, the last one for the NUL
 
+_DEVICE_VARIABLES = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
 _SHARE = 4  # a default takes a quarter of what is there: the machine belongs to the inference workers
 _COLD_DEFAULT_MAX = 64 * GIB
 _HOT_DEFAULT = 2 * GIB
@@ -54,7 +64,8 @@ _DRAIN_GRACE_S = 20.0  # below the 30 s that Kubernetes waits before it kills
 class Config:
     """Everything the daemon needs to know, settled.
 
-    Sizes are bytes; `cold_bytes` 0 and `hot_device` "off" mean that there is no such tier. `socket_group` is a gid.
+    Sizes are bytes; `cold_bytes` 0 and `hot_device` "off" mean that there is no such tier. Where `hot_permille` is set
+    the hot tier takes that share of the device's free memory instead of `hot_bytes`. `socket_group` is a gid.
     `cold_reserve_bytes` 0: what the cold tier itself thinks right for the file system. `notes` are sentences for the
     operator: what was taken from the machine and what looks wrong.
     """
@@ -66,6 +77,7 @@ class Config:
     warm_bytes: int
     cold_bytes: int
     hot_bytes: int
+    hot_permille: int
     hot_device: str
     log_level: str
     drain_grace_s: float
@@ -113,7 +125,8 @@ class Config:
 
     def describe(self) -> list[str]:
         """The settled values in words, one line each, then the notes."""
-        hot = f"{self.hot_device} {format_size(self.hot_bytes)}" if self.hot_bytes else "off"
+        share = f"{self.hot_permille / 10:g}% of free memory" if self.hot_permille else format_size(self.hot_bytes)
+        hot = "off" if self.hot_device == "off" else f"{self.hot_device} {share}"
         cold = f"{format_size(self.cold_bytes)} in {self.state_dir}" if self.cold_bytes else "off"
         group = "" if self.socket_group is None else f" group {self.socket_group}"
         return [
@@ -191,6 +204,11 @@ def child_environment(changes: Mapping[str, str], environ: Mapping[str, str] = o
     return {**environ, **changes}
 
 
+def device_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What a process needs of this one's environment to find a CUDA driver and the same devices by the same numbers."""
+    return {name: environ[name] for name in _DEVICE_VARIABLES if name in environ}
+
+
 def _runtime_folders(environ: Mapping[str, str]) -> list[Path]:
     own = environ.get("XDG_RUNTIME_DIR")
     return ([Path(own) / "kvstore"] if own else []) + [Path("/run/kvstore")]
@@ -229,7 +247,7 @@ class _Settling:
             socket_mode = 0o600 if asked.socket_group is None else 0o660
         warm_bytes = self._warm_bytes()
         cold_bytes = self._cold_bytes(state_dir)
-        hot_device, hot_bytes = self._hot()
+        hot_device, hot_bytes, hot_permille = self._hot()
         staging_max_bytes = asked.staging_max_bytes or max(_STAGING_DEFAULT_MIN, min(_STAGING_DEFAULT, warm_bytes // 4))
         config = Config(
             state_dir=state_dir,
@@ -239,6 +257,7 @@ class _Settling:
             warm_bytes=warm_bytes,
             cold_bytes=cold_bytes,
             hot_bytes=hot_bytes,
+            hot_permille=hot_permille,
             hot_device=hot_device,
             log_level=asked.log_level or "info",
             drain_grace_s=_DRAIN_GRACE_S if asked.drain_grace_s is None else asked.drain_grace_s,
@@ -308,20 +327,25 @@ class _Settling:
             )
         return asked
 
-    def _hot(self) -> tuple[str, int]:
-        device = self._asked.hot_device or "auto"
-        size = _HOT_DEFAULT if self._asked.hot_bytes is None else self._asked.hot_bytes
-        if device.startswith("cuda:"):
-            raise ConfigError(f"hot_device {device}: cuda devices are not supported yet; use --hot-device off")
-        if device == "auto":
-            if self._machine.cuda_devices():
-                self._notes.append("cuda devices are not supported yet, hot tier off")
-            elif self._asked.hot_bytes:
+    def _hot(self) -> tuple[str, int, int]:
+        """The device, its bytes, and the share of its free memory in thousandths; one of the two is 0."""
+        device, asked = self._asked.hot_device or "auto", self._asked.hot_bytes
+        permille = asked.permille if isinstance(asked, Share) else 0
+        size = asked if isinstance(asked, int) else _HOT_DEFAULT
+        if device == "auto" and self._machine.cuda_devices():
+            device = "cuda:0"
+            self._notes.append("hot_device auto: cuda:0, the first device")
+        elif device == "auto":
+            if asked:
                 self._notes.append("hot_bytes is set but there is no CUDA device, hot tier off")
             device = "off"
         if device == "cpu":
+            if permille:
+                raise ConfigError("hot_bytes is a share, which only a CUDA device has; give a size for hot_device cpu")
             self._notes.append("hot_device cpu is a stand-in in host memory for tests: it makes nothing faster")
-        return (device, size) if device != "off" and size else ("off", 0)
+        if device == "off" or not (size or permille):
+            return "off", 0, 0
+        return (device, 0, permille) if permille else (device, size, 0)
 
     def _tenants(self, warm_bytes: int, cold_bytes: int) -> tuple[Tenant, ...]:
         asked = self._asked.tenants or ()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from kvstore.sizes import MIB, format_size, parse_size
+from kvstore.sizes import MIB, Share, format_size, parse_share, parse_size
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 CODECS = ("auto", "raw", "exphuf")
@@ -57,7 +57,7 @@ class Settings:
     socket_group: int | None = None
     warm_bytes: int | None = None
     cold_bytes: int | None = None
-    hot_bytes: int | None = None
+    hot_bytes: int | Share | None = None
     hot_device: str | None = None
     log_level: str | None = None
     drain_grace_s: float | None = None
@@ -150,6 +150,12 @@ def _size_from(least: int, *, zero: str = "") -> Callable[[object], int]:
         return size
 
     return parse
+
+
+def _hot_size(value: object) -> int | Share:
+    if isinstance(value, str) and value.strip().endswith("%"):
+        return parse_share(value)
+    return _size_from(MIB, zero="the hot tier")(value)
 
 
 def _whole(least: int, most: int) -> Callable[[object], int]:
@@ -273,7 +279,7 @@ _PARSERS: dict[str, Callable[[object], Any]] = {
     "socket_group": _group,
     "warm_bytes": _size_from(WARM_BYTES_MIN),
     "cold_bytes": _size_from(COLD_BYTES_MIN, zero="the cold tier"),
-    "hot_bytes": _size_from(MIB, zero="the hot tier"),
+    "hot_bytes": _hot_size,
     "hot_device": _device,
     "log_level": _choice(*LOG_LEVELS),
     "drain_grace_s": _seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from fractions import Fraction
 
 MIB = 1 << 20
@@ -22,6 +23,14 @@ _UNITS = {
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
 _BYTES_MAX = 1 << 60
+_PERMILLE_MAX = 950
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A part of what is free where it is to be, in thousandths."""
+
+    permille: int
 
 
 def parse_size(text: str) -> int:
@@ -44,6 +53,19 @@ def parse_size(text: str) -> int:
     if size > _BYTES_MAX:
         raise ValueError(f"{text!r} is more than {format_size(_BYTES_MAX)}")
     return size
+
+
+def parse_share(text: str) -> Share:
+    """The share that "50%" or "12.5%" is.
+
+    Raises:
+        ValueError: not a share from 0.1% to 95%; the rest is the device's other users'.
+    """
+    number = text.strip().removesuffix("%").strip()
+    share = Fraction(number) * 10 if re.fullmatch(r"\d+(\.\d+)?", number, re.ASCII) else Fraction(0)
+    if not 1 <= share <= _PERMILLE_MAX:
+        raise ValueError(f"{text!r} is not a share from 0.1% to {_PERMILLE_MAX // 10}%; write for example 50%")
+    return Share(int(share))
 
 
 def format_size(size: int) -> str:

@@ -58,6 +58,7 @@ from kvstore_client.outcomes import (
     RejectReason,
     WithheldReason,
 )
+from kvstore_client.paged import PagedCache
 from kvstore_client.reading import LeaseGroup
 from kvstore_client.staged import StagedBuffers
 
@@ -78,6 +79,7 @@ __all__ = [
     "Match",
     "Namespace",
     "NotFound",
+    "PagedCache",
     "PermissionDenied",
     "ProtocolMismatch",
     "PutOutcome",

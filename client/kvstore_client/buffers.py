@@ -61,13 +61,13 @@ def block_buffers(memory: Any, layout: KVLayout, wanted: Wanted) -> BlockBuffers
     if _is_plain(memory, layout.nbytes, wanted):
         return BlockBuffers(memory)
     if isinstance(memory, (list, tuple)) and not _is_address(memory):
-        _check_count(len(memory), wanted)
+        check_count(len(memory), wanted)
         picked = memory[: wanted.blocks]
         return BlockBuffers(pieces=[_segments(item, i, layout, wanted) for i, item in enumerate(picked)])
     array = _as_array(memory, wanted.what)
     _check_dtype(array, layout, wanted.what)
     rows = _row_count(array, layout.nbytes, wanted)
-    _check_count(rows, wanted)
+    check_count(rows, wanted)
     if array.flags.c_contiguous:
         return BlockBuffers(whole=_raw(array, wanted).reshape(rows, layout.nbytes))
     if array.ndim < 2 or not array[:1].flags.c_contiguous:
@@ -83,7 +83,8 @@ def _is_plain(memory: Any, block_nbytes: int, wanted: Wanted) -> bool:  # noqa: 
     return bool(flags.c_contiguous and (flags.writeable or not wanted.is_writable))
 
 
-def _check_count(count: int, wanted: Wanted) -> None:
+def check_count(count: int, wanted: Wanted) -> None:
+    """Refuse memory for another number of blocks."""
     if count < wanted.blocks or (wanted.is_exact and count != wanted.blocks):
         least = "" if wanted.is_exact else "at least "
         raise InvalidRequest(f"{wanted.what} holds {count} blocks; it must hold {least}{wanted.blocks}")

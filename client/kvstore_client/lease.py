@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -135,7 +135,9 @@ class Lease:
         Args:
             out: one contiguous (n, block_nbytes) uint8 array, or n-D array of the layout's item size whose first
                 axis is the block; or n buffers; or n lists of segments, each a buffer or (address, length). Block
-                `start` goes to the first place; there may be more places than blocks.
+                `start` goes to the first place; there may be more places than blocks. Memory of one CUDA device too:
+                tensors of torch, or what has `__cuda_array_interface__` or DLPack; the bytes are there, for every
+                stream, when the call returns.
             start: first block.
             stop: after the last block; None: `blocks`.
             verify: hash what was copied and compare it with the daemon's checksum.
@@ -151,6 +153,43 @@ class Lease:
             InternalError: a copy differs from its checksum.
         """
         return self.groups[0].read_into(out, start, stop, verify, timeout_s=timeout_s)
+
+    def read_layers(
+        self,
+        out: Any,  # noqa: ANN401 - any buffer
+        layers: Sequence[int] | None = None,
+        stream: Any = None,  # noqa: ANN401 - a stream or event of any library
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        timeout_s: float = READ_TIMEOUT_S,
+    ) -> Iterator[int]:
+        """Copy blocks [start, stop) layer by layer: the next layer is copied while the caller computes with this one.
+
+            for layer in lease.read_layers(out):
+                forward(layer, out)
+
+        Nothing of a layer may be used before its number came, and everything of it may then, from any stream.
+
+        Args:
+            out: as in read_into().
+            layers: which ones, in which order; None: all. Where not every tensor of the layout has an axis "layer",
+                each tensor is one.
+            stream: a CUDA stream or event whose work must be done before `out` is written to; None: for tensors of
+                torch its current stream.
+            start: first block.
+            stop: after the last block; None: `blocks`.
+            timeout_s: bound of the wait for blocks that are not readable yet, all of them before the first layer.
+
+        Yields:
+            The number of each layer that has been copied. None at all where a fail-open client's blocks did not come.
+
+        Raises:
+            LeaseExpired: the lease ended, or blocks were lost; nothing of a layer not yet yielded may be used.
+            DeadlineExceeded: a block was not loaded in time.
+            InvalidRequest: the range, the layers or `out` do not fit the lease.
+        """
+        return self.groups[0].read_layers(out, layers, stream, start=start, stop=stop, timeout_s=timeout_s)
 
     def view(self, block: int) -> NDArray[np.uint8]:
         """The bytes of one block where they lie, (block_nbytes,) read-only, without a copy.

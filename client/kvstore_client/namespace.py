@@ -13,9 +13,11 @@ from kvstore.v1 import kvstore_pb2 as pb
 from kvstore.v1 import types_pb2
 from kvstore_client._lazy import np
 from kvstore_client.benefit import Recompute, checked, worker_costs
-from kvstore_client.buffers import Wanted, block_buffers
+from kvstore_client.buffers import BlockBuffers, Wanted, block_buffers
 from kvstore_client.claim import Claim
 from kvstore_client.connection import Connection
+from kvstore_client.device import device as open_device
+from kvstore_client.device_buffers import DeviceBuffers, after_of, device_buffers
 from kvstore_client.lease import Lease
 from kvstore_client.outcomes import NO_MATCH, REJECTED, Match, PutOutcome, RejectReason, withheld_reason
 from kvstore_client.put import PutPipeline, PutTarget
@@ -217,20 +219,23 @@ class Namespace:
     def put(
         self,
         keys: Keys | bytes,
-        blocks: Any,  # noqa: ANN401
+        blocks: Any,  # noqa: ANN401 - any buffer
         timeout_s: float = PUT_TIMEOUT_S,
         *,
         pin: bool = False,
+        after: Any = None,  # noqa: ANN401 - a stream or event of any library
     ) -> list[PutOutcome]:
         """Store blocks.
 
         Args:
             keys: one a block, in prefix order; the parent of a slice is known by it.
             blocks: one contiguous (n, block_nbytes) uint8 array, or n-D array of the layout's item size whose first
-                axis is the block; or n buffers; or n lists of segments, each a buffer or (address, length).
+                axis is the block; or n buffers; or n lists of segments, each a buffer or (address, length). Memory of
+                one CUDA device too, as in Lease.read_into(); it may be written to again when the call returns.
             timeout_s: bound of the call; blocks whose turn came too late are REJECTED(DEADLINE).
             pin: softly, once all are stored (or were already): they leave a tier when nothing else may, until
                 `kvctl unpin` of the last key, or until the daemon ends. In a set each block is pinned by itself.
+            after: a CUDA event or stream whose work writes the blocks; None: for tensors of torch its current stream.
 
         Returns:
             One outcome a block: STORED, EXISTS, or REJECTED(reason). In a chain all blocks after a rejected one are
@@ -242,7 +247,7 @@ class Namespace:
             QuotaExceeded: the session has less staging than one block (for a fail-open client: REJECTED(QUOTA)).
         """
         named = keys if isinstance(keys, Keys) else Keys.from_bytes(keys)
-        buffers = block_buffers(blocks, self.spec.layout, Wanted("blocks", len(named), True, False))
+        buffers = self._blocks(blocks, len(named), after)
         if not len(named):
             return []
         tried: list[PutPipeline] = []
@@ -261,12 +266,14 @@ class Namespace:
 
         return self.connection.run_or(store, timeout_s, unanswered)
 
-    def stage(self, n: int, timeout_s: float = PUT_TIMEOUT_S) -> StagedBuffers:
+    def stage(self, n: int, timeout_s: float = PUT_TIMEOUT_S, *, device: int | None = None) -> StagedBuffers:
         """Room for n blocks in the staging segment, to be filled and then put without a copy.
 
         Args:
             n: how many blocks.
             timeout_s: bound of the wait for a free range; where none comes the buffers are private memory.
+            device: number of the CUDA device that is to write there: the whole staging segment is registered with its
+                driver, once, so that copies to it run by themselves (`StagedBuffers.is_pinned`).
 
         Raises:
             InvalidRequest: so many never fit; the message says how many do.
@@ -293,7 +300,22 @@ class Namespace:
         staged, rows = self.connection.run_or(take, timeout_s, lambda: (None, None))
         if rows is None:
             rows = np.empty((n, self._block_nbytes), np.uint8)
-        return StagedBuffers(rows, self._put_staged, staged)
+        buffers = StagedBuffers(rows, self._put_staged, staged)
+        if device is not None:
+            buffers.register(device, timeout_s)
+        return buffers
+
+    def _blocks(self, blocks: Any, count: int, after: Any) -> BlockBuffers | DeviceBuffers:  # noqa: ANN401
+        wanted = Wanted("blocks", count, True, False)
+        on_device = device_buffers(blocks, self.spec.layout, wanted)
+        if on_device is not None:
+            open_device(on_device.ordinal)  # where there is no driver, before anything is sent
+            return on_device if after is None else on_device._replace(after=(after_of(after),))
+        if after is not None:
+            raise InvalidRequest(
+                "after is for blocks on a CUDA device; wait for the event before blocks in host memory"
+            )
+        return block_buffers(blocks, self.spec.layout, wanted)
 
     def _put_staged(self, buffers: StagedBuffers, keys: Keys, timeout_s: float, pin: bool) -> list[PutOutcome]:
         if len(keys) > len(buffers):

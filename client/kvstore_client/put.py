@@ -19,9 +19,11 @@ from kvstore.protocol.slab import align_up
 from kvstore.v1 import kvstore_pb2 as pb
 from kvstore_client._lazy import np, xxhash
 from kvstore_client.buffers import BlockBuffers
+from kvstore_client.device_buffers import DeviceBuffers
 from kvstore_client.outcomes import PutOutcome, PutStatus, RejectReason, decode
 from kvstore_client.rpc import PUT, Pending
 from kvstore_client.staging import Range, Staging
+from kvstore_client.targets import copy_to_host
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -132,7 +134,7 @@ class PutPipeline:
         self._lacks_parent = False
         self._unsent_reason = RejectReason.STAGING_BUSY  # of blocks for which there was no room
 
-    def run(self, keys: Keys, blocks: BlockBuffers) -> None:
+    def run(self, keys: Keys, blocks: BlockBuffers | DeviceBuffers) -> None:
         """Store the blocks.
 
         Raises:
@@ -149,7 +151,7 @@ class PutPipeline:
         reason = RejectReason.NO_PARENT if self._lacks_parent else self._unsent_reason
         self._reasons[first:] = bytes([reason]) * (self._count - first)
 
-    def _send_all(self, keys: Keys, blocks: BlockBuffers) -> int:
+    def _send_all(self, keys: Keys, blocks: BlockBuffers | DeviceBuffers) -> int:
         """Copy and send sub-batches; returns the index of the first block that was not sent."""
         first, nbytes = 0, FIRST_SUB_BATCH_BYTES
         while first < self._count and not self._lacks_parent:
@@ -200,8 +202,11 @@ class PutPipeline:
                 return 1, self._staging.take(stride, self._deadline_s)
             self._land(self._deadline_s)
 
-    def _copy_in(self, place: Range, blocks: BlockBuffers, first: int, count: int) -> None:
+    def _copy_in(self, place: Range, blocks: BlockBuffers | DeviceBuffers, first: int, count: int) -> None:
         rows = self._staging.rows(place, count, self._target.stride, self._target.block_nbytes)
+        if isinstance(blocks, DeviceBuffers):
+            copy_to_host(blocks, rows, first, self._staging, self._staging.memory)
+            return
         if blocks.whole is not None:
             np.copyto(rows, blocks.whole[first : first + count])
             return

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvstore.protocol.errors import DeadlineExceeded, InternalError, InvalidRequest, LeaseExpired
 from kvstore.protocol.namespace import NamespaceSpec
-from kvstore_client._lazy import np, xxhash
-from kvstore_client.buffers import BlockBuffers, Wanted, block_buffers
+from kvstore_client._lazy import np
 from kvstore_client.claim import Claim
+from kvstore_client.device_buffers import after_of
+from kvstore_client.layers import layer_ranges
 from kvstore_client.placement import Placement
 from kvstore_client.rpc import deadline_after
+from kvstore_client.targets import Ranges, Target, target_of
 from kvstore_client.tensors import Framework, tensors_of
 
 if TYPE_CHECKING:
@@ -71,17 +75,40 @@ class LeaseGroup:
         stop = self._check_range(start, stop)
         if start == stop:
             return 0
-        buffers = block_buffers(out, self.namespace.layout, Wanted("out", stop - start, False, True))
+        layout = self.namespace.layout
+        target, whole = target_of(out, layout, stop - start, start), ((0, layout.nbytes),)
         deadline_s = deadline_after(timeout_s)
         done, placement = start, self._placement
         while done < min(stop, placement.stop):
             ready = placement.readable_to(done, min(stop, placement.stop))
             if ready > done:
-                self._copy(done, ready, _Target(buffers, start), verify)
+                self._copy(done, ready, target, whole)
+                if verify:
+                    self._verify(done, ready, target)
                 done = ready
             elif not self._await(done, stop, deadline_s):
                 break
         return done - start
+
+    def read_layers(
+        self,
+        out: Any,  # noqa: ANN401 - any buffer
+        layers: Sequence[int] | None = None,
+        stream: Any = None,  # noqa: ANN401 - a stream or event of any library
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        timeout_s: float = READ_TIMEOUT_S,
+    ) -> Iterator[int]:
+        """Copy blocks [start, stop) layer by layer. See `Lease.read_layers`."""
+        start = start or self.first
+        stop = self._check_range(start, stop)
+        steps = layer_ranges(self.namespace.layout, layers)
+        if start == stop:
+            return iter(())
+        after = None if stream is None else after_of(stream)
+        target = target_of(out, self.namespace.layout, stop - start, start, after)
+        return self._copy_layers(steps, target, (start, stop), deadline_after(timeout_s))
 
     def view(self, block: int) -> NDArray[np.uint8]:
         """The bytes of one block where they lie. See `Lease.view`."""
@@ -141,28 +168,80 @@ class LeaseGroup:
             return False
         raise DeadlineExceeded(f"block {block} was not loaded in time")
 
-    def _copy(self, start: int, stop: int, target: _Target, verify: bool) -> None:
-        """Copy readable blocks and prove the copy: nobody may have reused a slot meanwhile."""
-        nbytes = self.namespace.layout.nbytes
+    def _copy_layers(
+        self, steps: Sequence[tuple[int, Ranges]], target: Target, blocks: tuple[int, int], deadline_s: float
+    ) -> Iterator[int]:
+        start, stop = blocks
+        while self._placement.readable_to(start, stop) < stop:
+            if not self._await(self._placement.readable_to(start, stop), stop, deadline_s):
+                return
+            if self._placement.stop < stop:
+                raise LeaseExpired(f"block {self._placement.stop} was lost while it was loaded")
+        layers = self._layers_in_flight if target.is_asynchronous else self._layers_by_thread
+        yield from layers(steps, target, blocks)
+
+    def _layers_in_flight(
+        self, steps: Sequence[tuple[int, Ranges]], target: Target, blocks: tuple[int, int]
+    ) -> Iterator[int]:
+        """The device copies the next layer by itself while the caller computes with this one.
+
+        Without a thread: to get the interpreter back from a caller that is busy can take 5 ms, for each layer.
+        """
+        try:
+            for at, (layer, ranges) in enumerate(steps):
+                if at == 0:
+                    self._begin_copy(*blocks, target, ranges)
+                self._end_copy(*blocks, target)
+                for _, following in steps[at + 1 : at + 2]:
+                    self._begin_copy(*blocks, target, following)
+                yield layer
+        finally:
+            target.finish()
+
+    def _layers_by_thread(
+        self, steps: Sequence[tuple[int, Ranges]], target: Target, blocks: tuple[int, int]
+    ) -> Iterator[int]:
+        """One thread: while the caller computes with a layer the next one is copied, and no more than that."""
+        with ThreadPoolExecutor(1, "kvstore-client-layers") as pool:
+            copying = [pool.submit(self._copy, *blocks, target, ranges) for _, ranges in steps[:1]]
+            for at, (layer, _) in enumerate(steps):
+                copying.pop().result()
+                copying += [pool.submit(self._copy, *blocks, target, ranges) for _, ranges in steps[at + 1 : at + 2]]
+                yield layer
+
+    def _copy(self, start: int, stop: int, target: Target, ranges: Ranges) -> None:
+        """Copy bytes of readable blocks and prove the copy."""
+        begin_s = time.perf_counter()
+        try:
+            self._begin_copy(start, stop, target, ranges)
+        except BaseException:
+            target.finish()
+            raise
+        self._end_copy(start, stop, target)
+        first, end = ranges[0]
+        nbytes = end - first if len(ranges) == 1 else sum([last - begin for begin, last in ranges])
+        self._claim.note_copy((stop - start) * nbytes, time.perf_counter() - begin_s)
+
+    def _begin_copy(self, start: int, stop: int, target: Target, ranges: Ranges) -> None:
+        """Begin to copy bytes of readable blocks; target.finish() must follow, whatever happens."""
         runs = self._placement.runs(start, stop)
         with self._fence:  # barriers: the generations are read before the first byte and after the last one
             pass
         for run in runs:
             if not run.slab.is_populated:
                 self._claim.populate(run.slab)
-        begin_s = time.perf_counter()
-        for run in runs:
-            target.take(run.slab.rows[run.slot : run.slot + run.stop - run.first, :nbytes], run.first)
-        self._claim.note_copy((stop - start) * nbytes, time.perf_counter() - begin_s)
+            target.take(run, ranges)
+
+    def _end_copy(self, start: int, stop: int, target: Target) -> None:
+        """Wait for the copy and prove it: nobody may have reused a slot meanwhile."""
+        target.finish()
         with self._fence:
             pass
         good = self._placement.readable_to(start, stop)  # asks for the runs again: none is left if the lease ended
         if good != stop:
             self._expire(good)
-        if verify:
-            self._verify(start, stop, target)
 
-    def _verify(self, start: int, stop: int, target: _Target) -> None:
+    def _verify(self, start: int, stop: int, target: Target) -> None:
         for block in range(start, stop):
             wanted = self._placement.checksum(block)
             if wanted is not None and target.digest(block) != wanted:
@@ -171,33 +250,3 @@ class LeaseGroup:
     def _expire(self, block: int) -> NoReturn:
         self._claim.end(f"the daemon took block {block} back: the lease had expired")
         raise LeaseExpired(f"block {block} was taken back by the daemon; what was read of it must not be used")
-
-
-class _Target:
-    """The caller's memory, by block."""
-
-    __slots__ = ("_pieces", "_start", "_whole")
-
-    def __init__(self, buffers: BlockBuffers, start: int) -> None:
-        self._whole, self._pieces = buffers
-        self._start = start
-
-    def take(self, rows: NDArray[np.uint8], block: int) -> None:
-        """Copy the rows of consecutive blocks, from `block` on, to their places."""
-        at = block - self._start
-        if self._whole is not None:
-            np.copyto(self._whole[at : at + len(rows)], rows)
-            return
-        for row, pieces in zip(rows, self._pieces[at : at + len(rows)], strict=True):
-            first = 0
-            for piece in pieces:
-                np.copyto(piece, row[first : first + len(piece)])
-                first += len(piece)
-
-    def digest(self, block: int) -> bytes:
-        """xxh3-128 of what was copied for a block."""
-        at = block - self._start
-        hasher = xxhash.xxh3_128()
-        for piece in (self._whole[at],) if self._whole is not None else self._pieces[at]:
-            hasher.update(piece.data)
-        return bytes(hasher.digest())

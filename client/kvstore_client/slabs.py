@@ -33,7 +33,7 @@ class Slab:
         rows: (slots, slot_bytes) bytes, read-only.
     """
 
-    __slots__ = ("_generations", "is_populated", "memory", "rows", "slab_id", "slot_bytes", "slots")
+    __slots__ = ("__weakref__", "_generations", "is_populated", "memory", "rows", "slab_id", "slot_bytes", "slots")
 
     def __init__(self, info: pb.SlabInfo, memory: NDArray[np.uint8]) -> None:
         """Check the segment against what the daemon said of it.

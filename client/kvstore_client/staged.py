@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeAlias
 from kvstore.protocol.errors import InvalidRequest
 from kvstore.protocol.keys import Keys
 from kvstore_client._lazy import np
+from kvstore_client.device import device as open_device
 from kvstore_client.outcomes import PutOutcome, decode
 from kvstore_client.put import PutTarget, start_put
 from kvstore_client.staging import Range, Staging
@@ -34,6 +35,10 @@ class StagedRange:
     def rows(self, place: Range, count: int) -> NDArray[np.uint8]:
         """(count, block_nbytes) bytes of it."""
         return self._staging.rows(place, count, self._target.stride, self._target.block_nbytes)
+
+    def pin(self, device: int, timeout_s: float) -> bool:
+        """Have the segment registered with a device's driver; whether it is."""
+        return open_device(device).pins.await_pinned(self._staging, self._staging.memory, timeout_s)
 
     def is_usable(self) -> bool:
         """Whether the session it belongs to lives, as far as can be told without asking."""
@@ -77,11 +82,13 @@ class StagedBuffers:
 
     Attributes:
         array: (n, block_nbytes) uint8, writable. Each row is contiguous.
+        is_pinned: whether it is registered with the driver of the CUDA device that stage() was given.
     """
 
     def __init__(self, array: NDArray[np.uint8], put: Putter, staged: StagedRange | None) -> None:
         """Made by Namespace.stage()."""
         self.array = array
+        self.is_pinned = False
         self.staged = staged
         self._put = put
         self._is_closed = False
@@ -95,6 +102,10 @@ class StagedBuffers:
 
     def __iter__(self) -> Iterator[NDArray[np.uint8]]:
         return iter(self.array)
+
+    def register(self, device: int, timeout_s: float) -> None:
+        """Register the room with a device's driver where it can be; see Namespace.stage()."""
+        self.is_pinned = self.staged is not None and self.staged.pin(device, timeout_s)
 
     def put(self, keys: Keys | bytes, timeout_s: float = PUT_TIMEOUT_S, *, pin: bool = False) -> list[PutOutcome]:
         """Store the first len(keys) buffers, `pin` as in Namespace.put(). They may be filled and put again afterwards.

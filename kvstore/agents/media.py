@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvstore.agents.compiling import CompilingFormat, give_back_heap
-from kvstore.agents.devices import device_for
+from kvstore.agents.devices import Wanted, device_for
 from kvstore.agents.loads import Loads, PausingFormat
+from kvstore.agents.memory import MappedSlabs
 from kvstore.protocol.errors import InvalidRequest
-from kvstore.tiers.base import BlockRef, Checkable, ReadAhead, SlabMemory, StoredRecord, Tier
+from kvstore.tiers.base import BlockRef, Checkable, ReadAhead, StoredRecord, Tier
 from kvstore.v1 import agent_pb2
 
 READER_THREADS_MAX = 16
@@ -37,8 +38,8 @@ class Durable(Checkable, Protocol):
 class Medium:
     """A tier ready to serve; `durable` and `ahead` are the same tier, where it is one.
 
-    `loads` counts what is being read from it; `stats` is what there is to count beside the tier; `format` says to
-    people how blocks are written.
+    `resize` gives it another capacity and says what it is then (None: it cannot); `loads` counts what is being read
+    from it; `stats` is what there is to count beside the tier; `format` says to people how blocks are written.
     """
 
     tier: Tier
@@ -47,6 +48,7 @@ class Medium:
     device: str = ""
     loads: Loads = field(default_factory=Loads)
     stats: Callable[[], Mapping[str, int]] = dict
+    resize: Callable[[int], int] | None = None
     format: str = ""
 
 
@@ -62,7 +64,7 @@ def reader_threads(config: agent_pb2.AgentConfig) -> int:
     return config.reader_threads or min(cores, _READER_THREADS_DEFAULT_MAX)
 
 
-def open_medium(config: agent_pb2.AgentConfig, memory: SlabMemory) -> Medium:
+def open_medium(config: agent_pb2.AgentConfig, memory: MappedSlabs) -> Medium:
     """Open what `config` names.
 
     Raises:
@@ -70,17 +72,18 @@ def open_medium(config: agent_pb2.AgentConfig, memory: SlabMemory) -> Medium:
         ValueError: the codec is not known.
         OSError: the medium cannot be used.
     """
-    if config.capacity_bytes < 1:
+    if config.capacity_bytes < 1 and not config.capacity_permille:
         raise InvalidRequest(f"the {config.tier} tier needs a capacity of more than 0 bytes")
     if config.tier == "cold":
         return _open_cold(config, memory)
     if config.tier == "hot":
-        device = device_for(config.device)
-        return Medium(device.make_tier(config.capacity_bytes, memory), device=device.name)
+        wanted = Wanted(config.capacity_bytes, config.capacity_permille)
+        tier, device = device_for(config.device).make_tier(wanted, memory)
+        return Medium(tier, device=device, resize=tier.resize)
     raise InvalidRequest(f"unknown tier {config.tier!r}; agents serve cold and hot")
 
 
-def _open_cold(config: agent_pb2.AgentConfig, memory: SlabMemory) -> Medium:
+def _open_cold(config: agent_pb2.AgentConfig, memory: MappedSlabs) -> Medium:
     # Here and not above: a hot agent has no use for lmdb and zstandard.
     from kvstore.codec.frame import FrameFormat  # noqa: PLC0415
     from kvstore.tiers.cold import LmdbOptions, LmdbTier  # noqa: PLC0415

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import threading
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,9 @@ class MappedSlabs(SlabMemory):
     """
 
     def __init__(self) -> None:
+        self.on_unmap: Callable[[int], None] = (
+            _nothing  # told of a slab before it goes: a driver may have registered it
+        )
         self._lock = threading.Lock()
         self._slabs: dict[int, NDArray[np.uint8]] = {}
         self._touched: dict[int, bytearray] = {}  # by chunk: whether this process has its pages
@@ -55,6 +59,7 @@ class MappedSlabs(SlabMemory):
         Raises:
             NotFound: no such slab.
         """
+        self.on_unmap(slab_id)
         with self._lock:
             if self._slabs.pop(slab_id, None) is None:
                 raise NotFound(f"slab {slab_id} is not mapped")
@@ -82,6 +87,10 @@ class MappedSlabs(SlabMemory):
         self._touch(place, slab)
         return slab[place.offset : place.offset + place.nbytes]
 
+    def segment(self, slab_id: int) -> NDArray[np.uint8]:
+        """Every byte of a slab, writable, without a copy. Raises KeyError for one that is not mapped."""
+        return self._slabs[slab_id]
+
     def close(self) -> None:
         """Drop every slab; idempotent."""
         with self._lock:
@@ -97,6 +106,10 @@ class MappedSlabs(SlabMemory):
         start, end = first * _CHUNK_BYTES, min(stop * _CHUNK_BYTES, slab.size)
         _libc.madvise(slab.ctypes.data + start, end - start, _MADV_POPULATE_WRITE)  # where it cannot, pages fault
         touched[first:stop] = b"\1" * (stop - first)
+
+
+def _nothing(_slab_id: int) -> None:
+    return
 
 
 def _inside(place: SlabRange, slab: NDArray[np.uint8]) -> bool:

@@ -19,6 +19,7 @@ from kvstore.agents import messages
 from kvstore.agents.media import Medium, open_medium, reader_threads
 from kvstore.agents.memory import MappedSlabs
 from kvstore.agents.server import AgentServer
+from kvstore.protocol.cuda_calls import CudaBroken
 from kvstore.protocol.errors import InvalidRequest, KVStoreError, Unavailable
 from kvstore.protocol.frames import AgentMethod, FrameSocket
 from kvstore.v1 import agent_pb2
@@ -69,7 +70,9 @@ def _harden() -> None:
 
 def _end_process(failure: threading.ExceptHookArgs) -> NoReturn:
     """An unexpected error in a lane: the supervisor's restart is the one way to recover."""
-    if failure.exc_value is not None:
+    if isinstance(failure.exc_value, CudaBroken):  # the device's failure and not ours: a line, and no traceback
+        sys.stderr.write(f"agent[{os.getpid()}] ERROR the device cannot go on: {failure.exc_value}\n")
+    elif failure.exc_value is not None:
         sys.excepthook(failure.exc_type, failure.exc_value, failure.exc_traceback)
     sys.stderr.flush()
     os._exit(EXIT_DEFECT)
@@ -91,7 +94,9 @@ def _serve(frames: FrameSocket) -> int:
         _announce(frames, frame.call_id, agent_pb2.AgentReady(error=str(error) or type(error).__name__))
         return EXIT_NOT_STARTED
     server = AgentServer(frames, medium, memory, readers)
-    _announce(frames, frame.call_id, agent_pb2.AgentReady(device=medium.device, format=medium.format))
+    capacity = medium.tier.capacity_bytes
+    ready = agent_pb2.AgentReady(device=medium.device, format=medium.format, capacity_bytes=capacity)
+    _announce(frames, frame.call_id, ready)
     server.serve()
     return EXIT_OK
 

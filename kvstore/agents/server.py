@@ -62,6 +62,7 @@ class AgentServer:
             AgentMethod.STATS: (questions, self._stats),
             AgentMethod.CHECK: (upkeep, self._check),
             AgentMethod.COMPACT: (upkeep, self._compact),
+            AgentMethod.RESIZE: (upkeep, self._resize),
         }
         self._immediate: dict[int, Handler] = {
             AgentMethod.MAP_SLAB: self._map_slab,
@@ -235,6 +236,13 @@ class AgentServer:
     def _compact(self, payload: bytes) -> bytes:
         messages.parse(agent_pb2.AgentCompactRequest, payload)
         return messages.encode_compacted(self._lasting().compact())
+
+    def _resize(self, payload: bytes) -> bytes:
+        request = messages.parse(agent_pb2.AgentResizeRequest, payload)
+        if self._medium.resize is None or not request.capacity_bytes:
+            raise InvalidRequest(f"tier {self._tier.name} cannot be made {request.capacity_bytes} bytes large")
+        capacity_bytes = self._medium.resize(request.capacity_bytes)
+        return agent_pb2.AgentResizeResponse(capacity_bytes=capacity_bytes).SerializeToString()
 
     def _lasting(self) -> Durable:
         if self._durable is None:

@@ -66,6 +66,14 @@ TARGETS: dict[str, tuple[Target, ...]] = {
     "cold_call_us": (Target("median_us", 150, 75), Target("p99_us", 5000, 1300)),
     "cold_churn": _more("ratio_first", 0.8, 0.95),
     "cold_restart_s": (Target("seconds", 3.0, 1.0),),
+    # Nothing is judged before it has been measured on a card.
+    "gpu_hot_to_worker": (),
+    "gpu_warm_to_worker": (),
+    "gpu_worker_to_staging": (),
+    "gpu_scatter": (),
+    "gpu_one_block_us": (),
+    "gpu_overlap": (),
+    "gpu_memory_held": (),
 }
 
 # What one suite measures; a result can also be named by itself.
@@ -76,8 +84,9 @@ SUITES: dict[str, tuple[str, ...]] = {
     "calls": ("call_local_us", "call_grpc_us", "call_busy_p99_us", "match_8192_us", "keys_131072_ms"),
     "footprint": ("idle", "import_ratio", "kvctl_help_s"),
     "cold": tuple(name for name in TARGETS if name.startswith("cold_")),
+    "gpu": tuple(name for name in TARGETS if name.startswith("gpu_")),
 }
-_ONLY_BY_NAME = ("cold",)  # it takes longer than all the others together
+_ONLY_BY_NAME = ("cold", "gpu")  # one takes longer than all the others together, one needs a device
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from kvstore.bench import footprint, worker
@@ -28,7 +28,7 @@ from kvstore_client import Client
 _COLD_FACTOR = 4  # cold tier of a spawned daemon, in warm pools
 _SPILL_POOL_MIN = 128 << 20  # blocks on their way to disk cannot make room: a pool must hold many times as many
 _NEEDS_OWN_DAEMON = {"put_spill", "idle"}  # they fill a pool to the brim, or want nobody else there
-_PACKAGES = ("kvtier", "grpcio", "protobuf", "numpy", "lmdb", "zstandard", "xxhash")
+_PACKAGES = ("kvtier", "grpcio", "protobuf", "numpy", "lmdb", "zstandard", "xxhash", "torch", "cuda-bindings")
 _BATCHES = {"256": 256, "64": 64, "8": 8, "1": 1}
 
 FAILURES = (
@@ -76,7 +76,7 @@ class Bench:
         self._own_daemon: SpawnedDaemon | None = None
         self.results: list[Result] = []
         self.failures: dict[str, str] = {}
-        own_only = {name for name in self._wanted if name in _NEEDS_OWN_DAEMON or name.startswith("cold_")}
+        own_only = {name for name in self._wanted if name in _NEEDS_OWN_DAEMON or name.startswith(("cold_", "gpu_"))}
         if address and names and own_only:
             raise ValueError(f"{', '.join(sorted(own_only))}: needs a daemon of its own; give --spawn")
         if address:
@@ -200,12 +200,19 @@ def environment(scale: Scale) -> dict[str, Any]:
         "available_bytes": machine.available_bytes(),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES},
         "working_set_bytes": scale.working_set_bytes,
         "rounds": scale.rounds,
         "full_scale": scale.is_full,
         "load_1min": round(os.getloadavg()[0], 2),
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
 
 
 def _client(address: str, transport: Literal["local", "grpc"] = "local") -> Client:

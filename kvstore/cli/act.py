@@ -1,4 +1,4 @@
-"""kvctl verbs that act: pin, unpin, set, evict, flush, verify, compact, drain, log-level."""
+"""kvctl verbs that act: pin, unpin, set, evict, resize, flush, verify, compact, drain, log-level."""
 
 from __future__ import annotations
 
@@ -94,6 +94,22 @@ def verify(options: Options, tier: str, timeout_s: float, *, repair: bool) -> in
     else:
         click.echo(_verdict(tier, total))
     return EXIT_FAILED if total.corrupt + total.missing > total.repaired else 0
+
+
+def resize(options: Options, change: str) -> int:
+    """Give a tier another capacity; `change` is "hot=4GiB"."""
+    tier, equals, size = change.partition("=")
+    if tier not in _TIERS or not equals:
+        raise InvalidRequest(f"{change!r}: write for example hot=4GiB")
+    try:
+        nbytes = parse_size(size)
+    except ValueError as error:
+        raise InvalidRequest(f"{change}: {error}") from error
+    with connected(options) as client:
+        reply = client.call("Resize", pb.ResizeRequest(tier=_TIERS[tier], capacity_bytes=nbytes))
+    short = "" if reply.capacity_bytes == nbytes else f", not {format_size(nbytes)}"
+    _tell(options, reply, f"{tier} has {format_size(reply.capacity_bytes)}{short}")
+    return 0
 
 
 def compact(options: Options, timeout_s: float) -> int:

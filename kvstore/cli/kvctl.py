@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from kvstore.cli.options import Options, merged, shared_options, verb
+from kvstore.protocol.errors import InvalidRequest
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _TIER = click.Choice(["hot", "warm", "cold"])
@@ -57,11 +58,16 @@ def stats(options: Options, prometheus: bool) -> int:
 
 
 @verb(main, "tiers")
-def tiers(options: Options) -> int:
-    """What the hot, warm and cold tier hold."""
-    from kvstore.cli import look
+@click.argument("change", nargs=-1, metavar="[resize hot=SIZE]")
+def tiers(options: Options, change: tuple[str, ...]) -> int:
+    """What the hot, warm and cold tier hold; with `resize hot=4GiB` the hot tier has that size from now on."""
+    from kvstore.cli import act, look
 
-    return look.tiers(options)
+    if not change:
+        return look.tiers(options)
+    if len(change) != 2 or change[0] != "resize":
+        raise InvalidRequest(f"tiers {' '.join(change)}: write for example tiers resize hot=4GiB")
+    return act.resize(options, change[1])
 
 
 @verb(main, "namespaces")
@@ -191,9 +197,10 @@ def log_level(options: Options, level: str) -> int:
 @click.option("--quick", is_flag=True, help="Small sizes and few rounds: does it run? Not for figures.")
 @click.option("--warm-bytes", metavar="SIZE", help="Warm pool of the daemon that is started.")
 @click.option("--data", metavar="DIR", envvar="KVTIER_DATA", help="Folder with kv_samples, for the suite cold.")
+@click.option("--device", default="cuda:0", show_default=True, metavar="cuda:N|cpu", help="Device, for the suite gpu.")
 @click.option("--list", "listing", is_flag=True, help="Name the suites and end.")
 def bench(options: Options, **given: Any) -> int:  # noqa: ANN401 (one type per option)
-    """Measure SUITEs (all but cold, which takes minutes, where none is named) against memcpy in the same run."""
+    """Measure SUITEs (all but cold and gpu where none is named) against memcpy in the same run."""
     from kvstore.cli import measure
 
     return measure.bench(options, measure.Run(**given))

@@ -30,7 +30,11 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
     metavar="SIZE",
     help="Disk, as 64GiB; 0 for none.  [default: a quarter of what is free, at most 64GiB]",
 )
-@click.option("--hot-bytes", metavar="SIZE", help="Memory of the GPU.  [default: 2GiB where there is a device]")
+@click.option(
+    "--hot-bytes",
+    metavar="SIZE|PERCENT",
+    help="Memory of the GPU, or a share of what is free there, as 50%.  [default: 2GiB where there is a device]",
+)
 @click.option(
     "--hot-device",
     metavar="auto|off|cpu|cuda:N",

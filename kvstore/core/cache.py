@@ -156,6 +156,11 @@ class BlockCache:
         for namespace in list(self.residency.budgets[tier].by_namespace):
             self.residency.make_room_below(tier, namespace, 0)
 
+    def resize(self, tier: int, capacity_bytes: int) -> None:
+        """HOT or COLD has another capacity from now on; what is over it leaves, but for what is being copied."""
+        self.residency.budgets[tier].capacity_bytes = capacity_bytes
+        self.trim(tier)
+
     # -- admin ------------------------------------------------------------------------------------------------
 
     def evict(self, tier: int, nbytes: int) -> tuple[int, int]:

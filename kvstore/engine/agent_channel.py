@@ -28,6 +28,7 @@ IN_FLIGHT: Final[Mapping[AgentMethod, int]] = {
     AgentMethod.CLOSE: 1,
     AgentMethod.CHECK: 1,
     AgentMethod.COMPACT: 1,
+    AgentMethod.RESIZE: 1,
 }
 
 _DRAIN_S = 1.0

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 
 from kvstore.protocol.frames import FrameSocket
 
@@ -32,8 +33,8 @@ class AgentProcess:
     when its parent dies, and the kernel takes the starting thread for the parent.
     """
 
-    def __init__(self) -> None:
-        """Start the process.
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        """Start the process, with `environment` beside what every agent has.
 
         Raises:
             OSError: the machine refuses (no memory, no descriptors, no processes).
@@ -46,7 +47,7 @@ class AgentProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # the daemon's own first line there is for its parent
                 close_fds=True,
-                env=_environment(),
+                env=_environment() | dict(environment or {}),
                 process_group=0,  # an interrupt from the terminal is the daemon's to handle, from the first moment
             )
         except OSError:

@@ -161,6 +161,20 @@ class AgentTier(Tier, Scannable):
             raise InternalError(f"{self.name} agent: unreadable answer to COMPACT: {error}") from error
         return CompactResult(result.before_bytes, result.after_bytes)
 
+    def resize(self, capacity_bytes: int) -> int:
+        """Have a medium in memory be of another size; what it is from now on.
+
+        Raises:
+            KVStoreError: the agent is gone, or its medium has one size.
+        """
+        request = agent_pb2.AgentResizeRequest(capacity_bytes=capacity_bytes)
+        payload = self._channel.call(AgentMethod.RESIZE, request.SerializeToString(), self._timeout_s).result()
+        try:
+            self.capacity_bytes = agent_pb2.AgentResizeResponse.FromString(payload).capacity_bytes
+        except DecodeError as error:
+            raise InternalError(f"{self.name} agent: unreadable answer to RESIZE: {error}") from error
+        return self.capacity_bytes
+
     def map_slab(self, slab_id: int, fd: int, segment_bytes: int) -> None:
         """Make a slab's ranges known to the agent; `fd` stays the caller's.
 

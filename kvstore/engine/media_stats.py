@@ -17,9 +17,12 @@ _log = logging.getLogger(__name__)
 class MediaStats:
     """The last answer of every medium. Call sequence: start, latest, close."""
 
-    def __init__(self, media: Callable[[], Mapping[int, AgentedTier]]) -> None:
-        """`media` gives the spokes by tier."""
+    def __init__(
+        self, media: Callable[[], Mapping[int, AgentedTier]], heard: Callable[[int, Mapping[str, int]], None]
+    ) -> None:
+        """`media` gives the spokes by tier; `heard` is told of each answer."""
         self._media = media
+        self._heard = heard
         self._latest: dict[int, Mapping[str, int]] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="media-stats", daemon=True)
@@ -47,6 +50,7 @@ class MediaStats:
     def _ask(self, tier: int, medium: AgentedTier) -> None:
         try:
             self._latest[tier] = medium.stats()
+            self._heard(tier, self._latest[tier])
         except KVStoreError as error:  # its agent has gone meanwhile
             _log.debug("%s: no statistics: %s", medium.name, error)
         except Exception:  # noqa: BLE001 - a defect of ours, said in full; the next answer may be better

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 from kvstore.core.block import COLD, HOT, WARM, Namespace
@@ -55,6 +55,15 @@ class Operations:
         for name, count in self._mover.counters().items():
             message.counters[name] = count
         return message
+
+    def medium_said(self, tier: int, said: Mapping[str, int]) -> None:
+        """What a medium counts. A device gives the hot tier what it has, which need not be what was asked for."""
+        capacity_bytes = said.get("capacity_bytes", 0)
+        if tier != HOT or not capacity_bytes:
+            return
+        with self._lock:
+            if self._cache.residency.budgets[HOT].capacity_bytes != capacity_bytes:
+                self._cache.resize(HOT, capacity_bytes)
 
     def list_namespaces(self, session: Session) -> list[admin_pb2.NamespaceInfo]:
         """The tenant's namespaces."""
@@ -114,6 +123,25 @@ class Operations:
             raise InvalidRequest("the cold tier is off")
         before_bytes, after_bytes = cast(DurableTier, cold).compact()
         return admin_pb2.CompactResponse(before_bytes=before_bytes, after_bytes=after_bytes)
+
+    def resize(self, request: admin_pb2.ResizeRequest) -> admin_pb2.ResizeResponse:
+        """Give the hot tier another capacity: first what is over it leaves, then its medium's slabs do.
+
+        Raises:
+            InvalidRequest: another tier, or one that is off.
+            KVStoreError: its agent is down, or cannot.
+        """
+        tier, medium = _tier(request.tier), self._mover.tier(HOT)
+        if tier != HOT or medium is None:
+            what = "the hot tier is off" if tier == HOT else "only the hot tier has a size that can change"
+            raise InvalidRequest(what)
+        with self._lock:
+            if request.capacity_bytes < self._cache.residency.budgets[HOT].capacity_bytes:
+                self._cache.resize(HOT, request.capacity_bytes)
+        self._mover.kick_saves()  # deletes what has left
+        capacity_bytes = medium.resize(request.capacity_bytes)
+        self.medium_said(HOT, {"capacity_bytes": capacity_bytes})
+        return admin_pb2.ResizeResponse(capacity_bytes=capacity_bytes)
 
     def pin(self, session: Session, request: admin_pb2.PinRequest) -> admin_pb2.PinResponse:
         """Have the one block whose key starts with what was given leave last; or no longer.

@@ -284,6 +284,8 @@ class Saver:
         with self._lock:
             for copy, result in zip(batch, results, strict=True):
                 self._cache.moves.promoted(copy, result.outcome is Outcome.OK)
+            if any(result.outcome is Outcome.FULL for result in results):  # no slot of that size: others are in its way
+                self._cache.evict(HOT, self._cache.residency.budgets[HOT].used_bytes // 32)
         return True
 
     def _delete(self, tier: int) -> bool:

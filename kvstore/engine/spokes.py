@@ -39,6 +39,9 @@ class AgentedTier(Tier, Protocol):
     def delete(self, refs: Sequence[BlockRef]) -> None:
         """Forget blocks. Raises KVStoreError where that is not confirmed."""
 
+    def resize(self, capacity_bytes: int) -> int:
+        """Be of another size; the capacity from now on. Raises KVStoreError where that cannot be."""
+
     def map_slab(self, slab_id: int, fd: int, segment_bytes: int) -> None:
         """Let the agent (and its successors) map a slab."""
 

@@ -105,7 +105,7 @@ class Store(Operations):
         self._catalogue = Catalogue(config.state_dir)
         self._checker = Checker(self._lock, self._cache, self._pool, self._mover)
         self.instance_id = secrets.token_hex(8)
-        self._media_stats = MediaStats(self._mover.states)
+        self._media_stats = MediaStats(self._mover.states, self.medium_said)
         self._recorder = Recorder(clock)
         self._snapshots = Snapshots(config.version, self.instance_id, clock())
         self.draining = False
@@ -140,8 +140,9 @@ class Store(Operations):
         self._media_stats.start()
         self._ticker.start()
 
-    def tier_up(self, tier: int) -> None:
-        """An agent serves."""
+    def tier_up(self, tier: int, capacity_bytes: int) -> None:
+        """An agent serves, on a medium that gives `capacity_bytes`."""
+        self.medium_said(tier, {"capacity_bytes": capacity_bytes})
         with self._lock:
             self._cache.residency.up[tier] = True
         self._mover.wake_saver()

@@ -76,6 +76,9 @@ class AgentSupervisor(Tier, Scannable):
         """Supervise an agent of `config`, called `name` in messages; a frame may take it `call_timeout_s`."""
         self.name = name
         self.capacity_bytes = config.capacity_bytes
+        self.environment: Mapping[
+            str, str
+        ] = {}  # of its processes, beside what every agent has; to be set before start()
         self._config = config
         self._on_up, self._on_down = on_up, on_down
         self._call_timeout_s, self._start_timeout_s = call_timeout_s, start_timeout_s
@@ -200,6 +203,16 @@ class AgentSupervisor(Tier, Scannable):
         """
         return self._serving().compact()
 
+    def resize(self, capacity_bytes: int) -> int:
+        """Have the medium, and that of every later agent, be of another size; what it is from now on.
+
+        Raises:
+            KVStoreError: the agent is down, or its medium has one size.
+        """
+        self.capacity_bytes = self._serving().resize(capacity_bytes)
+        self._config.capacity_bytes, self._config.capacity_permille = capacity_bytes, 0
+        return self.capacity_bytes
+
     def map_slab(self, slab_id: int, fd: int, segment_bytes: int) -> None:
         """Make a slab known to this agent and to every later one; `fd` is duplicated and stays the caller's.
 
@@ -304,7 +317,7 @@ class AgentSupervisor(Tier, Scannable):
             with self._spawning:
                 if self._closing.is_set():
                     return 0.0
-                self._process = process = AgentProcess()
+                self._process = process = AgentProcess(self.environment)
             return self._run(process)
         except (OSError, KVStoreError) as error:
             why = str(error)
@@ -340,6 +353,7 @@ class AgentSupervisor(Tier, Scannable):
     def _introduce(self, process: AgentProcess) -> _Life:
         """Configure a fresh agent, give it the slabs that the last one had, and let it serve."""
         ready = self._configure(process)
+        self.capacity_bytes = ready.capacity_bytes or self._config.capacity_bytes
         tier = AgentTier(self.name, self.capacity_bytes, process.frames, ready, process.end, self._call_timeout_s)
         with self._table:
             for slab_id, (fd, segment_bytes) in self._slabs.items():

@@ -70,6 +70,7 @@ class AgentMethod(IntEnum):
     CLOSE = 9
     CHECK = 10
     COMPACT = 11
+    RESIZE = 12
 
 
 class Frame(NamedTuple):

@@ -51,6 +51,12 @@ class HostMemoryTier(Tier):
             blocks, used = len(self._held), self._used_bytes
         return {"blocks": blocks, "raw_bytes": used, "stored_bytes": used, **self._tally.snapshot()}
 
+    def resize(self, capacity_bytes: int) -> int:
+        """Take no more than that from now on; what is held stays until it is deleted."""
+        with self._lock:
+            self.capacity_bytes = capacity_bytes
+        return capacity_bytes
+
     def close(self) -> None:
         """Release every block; reads are MISSING from here on."""
         with self._lock:

@@ -27,6 +27,16 @@ class ArrayMemory(SlabMemory):
             raise KeyError(place)
         return self.array[place.offset : end]
 
+    def segment(self, slab_id: int) -> NDArray[np.uint8]:
+        """Every byte of the slab.
+
+        Raises:
+            KeyError: another slab.
+        """
+        if slab_id != self.slab_id:
+            raise KeyError(slab_id)
+        return self.array
+
     def reserve(self, nbytes: int, align: int = 1) -> SlabRange:
         """The next range that was never reserved before; nothing is ever given back.
 

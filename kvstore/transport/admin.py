@@ -55,6 +55,7 @@ class AdminHandlers:
             MethodSpec("Compact", pb.CompactRequest, pb.CompactResponse, self.compact),
             MethodSpec("Drain", pb.DrainRequest, pb.DrainResponse, self.drain),
             MethodSpec("SetLogLevel", pb.SetLogLevelRequest, pb.SetLogLevelResponse, self.set_log_level),
+            MethodSpec("Resize", pb.ResizeRequest, pb.ResizeResponse, self.resize),
             MethodSpec("Record", pb.RecordRequest, pb.RecordResponse, self.record),
             MethodSpec("Pin", pb.PinRequest, pb.PinResponse, self.pin),
             MethodSpec("SetTerms", pb.SetTermsRequest, pb.SetTermsResponse, self.set_terms),
@@ -111,6 +112,13 @@ class AdminHandlers:
         """Make the cold tier's files as small as they can be."""
         self._check_operator("Compact", session)
         return self._engine.compact()
+
+    def resize(self, request: pb.ResizeRequest, session: SessionView, deadline_s: float) -> pb.ResizeResponse:
+        """Give the hot tier another capacity."""
+        self._check_operator("Resize", session)
+        checks.check_tier(request.tier)
+        checks.check_capacity(request.capacity_bytes)
+        return self._engine.resize(request)
 
     def drain(self, request: pb.DrainRequest, session: SessionView, deadline_s: float) -> pb.DrainResponse:
         """Refuse puts and report NOT_SERVING from now on."""

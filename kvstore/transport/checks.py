@@ -19,6 +19,7 @@ CHECKSUM_BYTES = 16
 MAX_GROUPS = 64
 MAX_TOKEN_BYTES = 256
 MIN_KEY_PREFIX_BYTES = 4
+MAX_CAPACITY_BYTES = 1 << 48
 MAX_OFFSET_BYTES = 1 << 48  # far above any segment, far below where Python's sums would need care elsewhere
 
 _MODES = (kvstore_pb2.ACQUIRE_MODE_UNSPECIFIED, kvstore_pb2.ACQUIRE_MODE_PREFIX, kvstore_pb2.ACQUIRE_MODE_LAST)
@@ -110,6 +111,12 @@ def check_tier(tier: int) -> None:
     """A tier that exists."""
     if tier not in _TIERS:
         raise InvalidRequest(f"tier is {tier}; it must be 1 (hot), 2 (warm) or 3 (cold)")
+
+
+def check_capacity(nbytes: int) -> None:
+    """A size that a tier can have."""
+    if not 1 <= nbytes <= MAX_CAPACITY_BYTES:
+        raise InvalidRequest(f"capacity_bytes is {nbytes}; it must be within 1..{MAX_CAPACITY_BYTES}")
 
 
 def check_block_query(key: bytes, namespace: bytes) -> None:

@@ -226,6 +226,9 @@ class AdminEngine(Protocol):
     def compact(self) -> admin_pb2.CompactResponse:
         """Give the file system back what the cold tier does not need."""
 
+    def resize(self, request: admin_pb2.ResizeRequest) -> admin_pb2.ResizeResponse:
+        """Give the hot tier another capacity."""
+
     def record(self, request: admin_pb2.RecordRequest) -> admin_pb2.RecordResponse:
         """What workers have asked for since the call before; the first call begins."""
 

@@ -596,6 +596,43 @@ class VerifyResponse(google.protobuf.message.Message):
 global___VerifyResponse = VerifyResponse
 
 @typing.final
+class ResizeRequest(google.protobuf.message.Message):
+    """Gives the hot tier another capacity while it serves. What is over it leaves; what is being read stays."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: builtins.int
+    CAPACITY_BYTES_FIELD_NUMBER: builtins.int
+    tier: kvstore.v1.types_pb2.Tier.ValueType
+    """TIER_HOT"""
+    capacity_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        tier: kvstore.v1.types_pb2.Tier.ValueType = ...,
+        capacity_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity_bytes", b"capacity_bytes", "tier", b"tier"]) -> None: ...
+
+global___ResizeRequest = ResizeRequest
+
+@typing.final
+class ResizeResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CAPACITY_BYTES_FIELD_NUMBER: builtins.int
+    capacity_bytes: builtins.int
+    """what the medium gives"""
+    def __init__(
+        self,
+        *,
+        capacity_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity_bytes", b"capacity_bytes"]) -> None: ...
+
+global___ResizeResponse = ResizeResponse
+
+@typing.final
 class CompactRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -84,6 +84,11 @@ class AdminStub(object):
                 request_serializer=kvstore_dot_v1_dot_admin__pb2.SetLogLevelRequest.SerializeToString,
                 response_deserializer=kvstore_dot_v1_dot_admin__pb2.SetLogLevelResponse.FromString,
                 _registered_method=True)
+        self.Resize = channel.unary_unary(
+                '/kvstore.v1.Admin/Resize',
+                request_serializer=kvstore_dot_v1_dot_admin__pb2.ResizeRequest.SerializeToString,
+                response_deserializer=kvstore_dot_v1_dot_admin__pb2.ResizeResponse.FromString,
+                _registered_method=True)
         self.Record = channel.unary_unary(
                 '/kvstore.v1.Admin/Record',
                 request_serializer=kvstore_dot_v1_dot_admin__pb2.RecordRequest.SerializeToString,
@@ -164,6 +169,12 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resize(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Record(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -234,6 +245,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.SetLogLevel,
                     request_deserializer=kvstore_dot_v1_dot_admin__pb2.SetLogLevelRequest.FromString,
                     response_serializer=kvstore_dot_v1_dot_admin__pb2.SetLogLevelResponse.SerializeToString,
+            ),
+            'Resize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resize,
+                    request_deserializer=kvstore_dot_v1_dot_admin__pb2.ResizeRequest.FromString,
+                    response_serializer=kvstore_dot_v1_dot_admin__pb2.ResizeResponse.SerializeToString,
             ),
             'Record': grpc.unary_unary_rpc_method_handler(
                     servicer.Record,
@@ -521,6 +537,33 @@ class Admin(object):
             '/kvstore.v1.Admin/SetLogLevel',
             kvstore_dot_v1_dot_admin__pb2.SetLogLevelRequest.SerializeToString,
             kvstore_dot_v1_dot_admin__pb2.SetLogLevelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Admin/Resize',
+            kvstore_dot_v1_dot_admin__pb2.ResizeRequest.SerializeToString,
+            kvstore_dot_v1_dot_admin__pb2.ResizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

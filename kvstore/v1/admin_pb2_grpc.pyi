@@ -69,6 +69,11 @@ class AdminStub:
         kvstore.v1.admin_pb2.SetLogLevelResponse,
     ]
 
+    Resize: grpc.UnaryUnaryMultiCallable[
+        kvstore.v1.admin_pb2.ResizeRequest,
+        kvstore.v1.admin_pb2.ResizeResponse,
+    ]
+
     Record: grpc.UnaryUnaryMultiCallable[
         kvstore.v1.admin_pb2.RecordRequest,
         kvstore.v1.admin_pb2.RecordResponse,
@@ -133,6 +138,11 @@ class AdminAsyncStub:
     SetLogLevel: grpc.aio.UnaryUnaryMultiCallable[
         kvstore.v1.admin_pb2.SetLogLevelRequest,
         kvstore.v1.admin_pb2.SetLogLevelResponse,
+    ]
+
+    Resize: grpc.aio.UnaryUnaryMultiCallable[
+        kvstore.v1.admin_pb2.ResizeRequest,
+        kvstore.v1.admin_pb2.ResizeResponse,
     ]
 
     Record: grpc.aio.UnaryUnaryMultiCallable[
@@ -220,6 +230,13 @@ class AdminServicer(metaclass=abc.ABCMeta):
         request: kvstore.v1.admin_pb2.SetLogLevelRequest,
         context: _ServicerContext,
     ) -> typing.Union[kvstore.v1.admin_pb2.SetLogLevelResponse, collections.abc.Awaitable[kvstore.v1.admin_pb2.SetLogLevelResponse]]: ...
+
+    @abc.abstractmethod
+    def Resize(
+        self,
+        request: kvstore.v1.admin_pb2.ResizeRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvstore.v1.admin_pb2.ResizeResponse, collections.abc.Awaitable[kvstore.v1.admin_pb2.ResizeResponse]]: ...
 
     @abc.abstractmethod
     def Record(

@@ -26,13 +26,14 @@ class AgentConfig(google.protobuf.message.Message):
     SYNC_INTERVAL_MS_FIELD_NUMBER: builtins.int
     KERNELS_FIELD_NUMBER: builtins.int
     FREE_RESERVE_BYTES_FIELD_NUMBER: builtins.int
+    CAPACITY_PERMILLE_FIELD_NUMBER: builtins.int
     tier: builtins.str
     """cold, hot"""
     path: builtins.str
     """cold: directory of the environment"""
     capacity_bytes: builtins.int
     device: builtins.str
-    """hot: cpu"""
+    """hot: cpu, cuda:0, cuda:1, …"""
     reader_threads: builtins.int
     codec: builtins.str
     """a policy of the codecs: auto, raw, ..."""
@@ -44,6 +45,8 @@ class AgentConfig(google.protobuf.message.Message):
     """of the codecs: auto, numpy, numba"""
     free_reserve_bytes: builtins.int
     """cold: what stays free on the file system; 0: the tier's own"""
+    capacity_permille: builtins.int
+    """hot: of the device's free memory, instead of capacity_bytes"""
     def __init__(
         self,
         *,
@@ -57,8 +60,9 @@ class AgentConfig(google.protobuf.message.Message):
         sync_interval_ms: builtins.int = ...,
         kernels: builtins.str = ...,
         free_reserve_bytes: builtins.int = ...,
+        capacity_permille: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["capacity_bytes", b"capacity_bytes", "codec", b"codec", "device", b"device", "durability", b"durability", "free_reserve_bytes", b"free_reserve_bytes", "kernels", b"kernels", "path", b"path", "reader_threads", b"reader_threads", "sync_interval_ms", b"sync_interval_ms", "tier", b"tier"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity_bytes", b"capacity_bytes", "capacity_permille", b"capacity_permille", "codec", b"codec", "device", b"device", "durability", b"durability", "free_reserve_bytes", b"free_reserve_bytes", "kernels", b"kernels", "path", b"path", "reader_threads", b"reader_threads", "sync_interval_ms", b"sync_interval_ms", "tier", b"tier"]) -> None: ...
 
 global___AgentConfig = AgentConfig
 
@@ -71,19 +75,23 @@ class AgentReady(google.protobuf.message.Message):
     ERROR_FIELD_NUMBER: builtins.int
     DEVICE_FIELD_NUMBER: builtins.int
     FORMAT_FIELD_NUMBER: builtins.int
+    CAPACITY_BYTES_FIELD_NUMBER: builtins.int
     error: builtins.str
     """empty: ready"""
     device: builtins.str
     format: builtins.str
     """cold: the codecs in use and by which path, for people"""
+    capacity_bytes: builtins.int
+    """what the medium gives; 0: what was asked for"""
     def __init__(
         self,
         *,
         error: builtins.str = ...,
         device: builtins.str = ...,
         format: builtins.str = ...,
+        capacity_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "error", b"error", "format", b"format"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity_bytes", b"capacity_bytes", "device", b"device", "error", b"error", "format", b"format"]) -> None: ...
 
 global___AgentReady = AgentReady
 
@@ -490,6 +498,38 @@ class AgentCompactResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["after_bytes", b"after_bytes", "before_bytes", b"before_bytes"]) -> None: ...
 
 global___AgentCompactResponse = AgentCompactResponse
+
+@typing.final
+class AgentResizeRequest(google.protobuf.message.Message):
+    """Hot: be of another size, slab by slab; answers the capacity from now on."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CAPACITY_BYTES_FIELD_NUMBER: builtins.int
+    capacity_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        capacity_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity_bytes", b"capacity_bytes"]) -> None: ...
+
+global___AgentResizeRequest = AgentResizeRequest
+
+@typing.final
+class AgentResizeResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CAPACITY_BYTES_FIELD_NUMBER: builtins.int
+    capacity_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        capacity_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity_bytes", b"capacity_bytes"]) -> None: ...
+
+global___AgentResizeResponse = AgentResizeResponse
 
 @typing.final
 class AgentCloseRequest(google.protobuf.message.Message):

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from fake_cuda import FakeDriver
 from kvstore.codec.frame import FrameFormat
 from kvstore.tiers.base import SlabMemory, Tier
 from kvstore.tiers.cold import LmdbTier
 from kvstore.tiers.conformance import DURABLE_CHECKS, TIER_CHECKS, Check
+from kvstore.tiers.cuda import CudaDevice
 from kvstore.tiers.host import HostMemoryTier
+from kvstore.tiers.hot_cuda import HotCuda
+from kvstore.tiers.memory import ArrayMemory
 from kvstore.tiers.wrappers import Faulty, Metered, SeededFaults, Throttled
 
 Maker = Callable[[Path, SlabMemory, int], Tier]
@@ -24,6 +28,11 @@ def host(_path: Path, memory: SlabMemory, capacity_bytes: int) -> Tier:
 
 def cold(path: Path, memory: SlabMemory, capacity_bytes: int, policy: str = "auto") -> LmdbTier:
     return LmdbTier(path / "cold", capacity_bytes, memory, FrameFormat(policy))
+
+
+def hot(_path: Path, memory: SlabMemory, capacity_bytes: int, *, exportable: bool = True) -> Tier:
+    assert isinstance(memory, ArrayMemory)
+    return HotCuda(CudaDevice("cuda:0", FakeDriver()), capacity_bytes, memory, exportable=exportable)
 
 
 def metered(inner: Maker, path: Path, memory: SlabMemory, capacity_bytes: int) -> Tier:
@@ -41,6 +50,8 @@ def faulty(inner: Maker, path: Path, memory: SlabMemory, capacity_bytes: int) ->
 DURABLE: dict[str, Maker] = {"cold": cold, "cold-raw": partial(cold, policy="raw")}
 TIERS: dict[str, Maker] = {
     "host": host,
+    "hot": hot,
+    "hot-plain": partial(hot, exportable=False),
     **DURABLE,
     **{
         f"{wrap.__name__}-{name}": partial(wrap, inner)

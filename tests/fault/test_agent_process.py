@@ -75,7 +75,7 @@ Start = Callable[[list[str]], Spoken]
 def test_close_and_the_end_of_the_connection_are_both_good_ends(spoken: Start) -> None:
     for close in (True, False):
         agent = spoken(AGENT)
-        assert agent.configure() == agent_pb2.AgentReady(device="cpu")
+        assert agent.configure() == agent_pb2.AgentReady(device="cpu", capacity_bytes=256 << 20)
         if close:
             agent.frames.send(1, AgentMethod.CLOSE, b"")
             assert agent.frames.recv(PATIENCE_S)[:3] == (1, AgentMethod.CLOSE, 0)

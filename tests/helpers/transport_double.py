@@ -200,6 +200,9 @@ class FakeEngine:
     def compact(self) -> admin_pb2.CompactResponse:
         return admin_pb2.CompactResponse(before_bytes=8192, after_bytes=4096)
 
+    def resize(self, request: admin_pb2.ResizeRequest) -> admin_pb2.ResizeResponse:
+        return admin_pb2.ResizeResponse(capacity_bytes=request.capacity_bytes)
+
     def record(self, request: admin_pb2.RecordRequest) -> admin_pb2.RecordResponse:
         return admin_pb2.RecordResponse(recording=request.recording or 1)
 

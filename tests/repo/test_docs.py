@@ -55,13 +55,13 @@ def test_links_resolve() -> None:
 
 
 def test_every_make_command_in_a_document_exists() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert {"demo", "test", "check"} <= targets
     named = {
         (path, target)
         for path, text in markdown()
         for code in _CODE.findall(text)
-        for target in re.findall(r"(?:^|[`;&|(]\s*|\n\s*(?:\$ )?)make(?: [A-Z_]+=\S+)* ([a-z]+)", code)
+        for target in re.findall(r"(?:^|[`;&|(]\s*|\n\s*(?:\$ )?)make(?: [A-Z_]+=\S+)* ([a-z-]+)", code)
     }
     assert not [(path, target) for path, target in named if target not in targets]
 

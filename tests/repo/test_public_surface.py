@@ -27,6 +27,7 @@ EXPORTED = [
     "Match",
     "Namespace",
     "NotFound",
+    "PagedCache",
     "PermissionDenied",
     "ProtocolMismatch",
     "PutOutcome",
@@ -43,9 +44,10 @@ EXPORTED = [
 PROMISED = {
     "Client": "acquire close namespace ping stats",
     "Namespace": "acquire adopt clear delete exists keys match prefetch put stage",
-    "Lease": "blocks check handoff read_into ready release_to tensors tokens view wait withheld "
+    "Lease": "blocks check handoff read_into read_layers ready release_to tensors tokens view wait withheld "
     "withheld_reason __enter__ __exit__",
     "StagedBuffers": "put __enter__ __exit__ __getitem__ __len__",
+    "PagedCache": "gather load scatter",
     "Keys": "extend from_digests __bytes__ __getitem__ __len__",
     "Match": "blocks by_tier tokens withheld withheld_reason",
 }
@@ -56,6 +58,7 @@ MAY_BLOCK = [
     ("Client", "stats"),
     ("Lease", "handoff"),
     ("Lease", "read_into"),
+    ("Lease", "read_layers"),
     ("Lease", "wait"),
     *(("Namespace", name) for name in PROMISED["Namespace"].split() if name != "keys"),
     ("StagedBuffers", "put"),
@@ -67,7 +70,7 @@ SERVICES = {
         "Delete Clear"
     ),
     admin_pb2.DESCRIPTOR.services_by_name["Admin"]: (
-        "GetStats ListNamespaces ListSessions InspectBlock Evict Flush Verify Compact Drain SetLogLevel Record "
+        "GetStats ListNamespaces ListSessions InspectBlock Evict Flush Verify Compact Drain SetLogLevel Resize Record "
         "Pin SetTerms"
     ),
 }

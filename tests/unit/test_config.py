@@ -133,15 +133,35 @@ def test_a_group_opens_the_socket_to_it(settle: Settle) -> None:
 # The hot tier
 
 
-def test_a_gpu_is_seen_but_not_used_yet(settle: Settle) -> None:
+def test_the_first_gpu_is_taken_where_there_is_one(settle: Settle) -> None:
     config = settle(machine=FakeMachine(gpus=1))
-    assert config.hot_device == "off"
-    assert "cuda devices are not supported yet, hot tier off" in config.notes
+    assert (config.hot_device, config.hot_bytes, config.hot_permille) == ("cuda:0", 2 * GIB, 0)
+    assert "hot_device auto: cuda:0, the first device" in config.notes
+    assert settle(machine=FakeMachine(gpus=1), hot_device="off").hot_device == "off"
+    assert settle(machine=FakeMachine(gpus=1), hot_bytes=0).hot_device == "off"
+    assert settle(hot_device="cuda:7").hot_device == "cuda:7", "whether it is there the agent finds out"
 
 
-def test_asking_for_cuda_is_refused_rather_than_ignored(settle: Settle) -> None:
-    with pytest.raises(ConfigError, match=r"cuda:0: cuda devices are not supported yet; use --hot-device off"):
-        settle(hot_device="cuda:0")
+def test_a_driver_is_found_where_the_daemon_finds_it_and_nothing_else_goes_on() -> None:
+    environ = {"LD_LIBRARY_PATH": "/opt/cuda", "CUDA_VISIBLE_DEVICES": "1", "AWS_SECRET_ACCESS_KEY": "x", "HOME": "/h"}
+    assert config_module.device_environment(environ) == {"LD_LIBRARY_PATH": "/opt/cuda", "CUDA_VISIBLE_DEVICES": "1"}
+
+
+def test_a_share_of_the_device_is_told_from_a_size(settle: Settle) -> None:
+    config = settle('hot_bytes = "4GiB"', hot_device="cuda:1", hot_bytes="12.5%")
+    assert (config.hot_device, config.hot_bytes, config.hot_permille) == ("cuda:1", 0, 125)
+    assert any("hot cuda:1 12.5% of free memory" in line for line in config.describe())
+    config = settle('hot_bytes = "50%"', hot_device="cuda:1", hot_bytes="4GiB")
+    assert (config.hot_bytes, config.hot_permille) == (4 * GIB, 0)
+    assert settle(hot_bytes="50%").hot_device == "off"
+    with pytest.raises(ConfigError, match="a share, which only a CUDA device has"):
+        settle(hot_device="cpu", hot_bytes="50%")
+
+
+@pytest.mark.parametrize("share", ["0%", "96%", "-5%", "half%", "%", "1e1%"])
+def test_what_is_no_share_says_what_is(settle: Settle, share: str) -> None:
+    with pytest.raises(ConfigError, match=r"hot-bytes: .* is not a share from 0.1% to 95%"):
+        settle(hot_device="cuda:0", hot_bytes=share)
 
 
 def test_the_stand_in_is_never_chosen_by_itself_and_says_what_it_is(settle: Settle) -> None:

@@ -95,6 +95,12 @@ def test_what_a_failed_tier_does_not_find_may_be_there(served: Served) -> None:
     assert [a.outcome for a in agent_pb2.AgentOutcomes.FromString(served.reply().payload).outcomes] == [Outcome.BUSY]
 
 
+def test_only_a_medium_that_can_is_resized(served: Served) -> None:
+    request = agent_pb2.AgentResizeRequest(capacity_bytes=1 << 20).SerializeToString()
+    served.ask(1, AgentMethod.RESIZE, request)
+    assert served.reply().status == InvalidRequest.code
+
+
 def test_check_and_compact(served: Served, served_hot: Served) -> None:
     after = b"n" * 32 + b"\1" * 32
     request = agent_pb2.AgentCheckRequest(after=after, limit=2, repair=True)

@@ -67,6 +67,7 @@ class FakeAdmin(AdminServicer):
             "Evict": pb.EvictResponse(blocks=2, bytes=4 << 20),
             "Flush": pb.FlushResponse(saved=5, unsaved=0),
             "Verify": pb.VerifyResponse(checked=9, corrupt=0),
+            "Resize": pb.ResizeResponse(capacity_bytes=1),
             "Compact": pb.CompactResponse(before_bytes=2, after_bytes=1),
             "Drain": pb.DrainResponse(),
             "SetLogLevel": pb.SetLogLevelResponse(level="debug"),

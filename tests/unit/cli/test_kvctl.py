@@ -203,6 +203,14 @@ def test_compact_says_what_it_gave_back(kvctl: Run, daemon: Daemon) -> None:
     assert kvctl("compact").stdout == "the cold tier takes 1GiB; it was 3GiB\n"
 
 
+def test_resize_says_what_the_device_gave(kvctl: Run, daemon: Daemon) -> None:
+    daemon.admin.answers["Resize"] = pb.ResizeResponse(capacity_bytes=3 << 30)
+    assert kvctl("tiers", "resize", "hot=4GiB").stdout == "hot has 3GiB, not 4GiB\n"
+    assert daemon.admin.requests[-1] == pb.ResizeRequest(tier=types_pb2.TIER_HOT, capacity_bytes=4 << 30)
+    daemon.admin.answers["Resize"] = pb.ResizeResponse(capacity_bytes=1 << 30)
+    assert kvctl("tiers", "resize", "hot=1GiB").stdout == "hot has 1GiB\n"
+
+
 def test_status_says_what_the_disk_had_to_take_and_what_was_set_aside(kvctl: Run, daemon: Daemon) -> None:
     medium = {"written_bytes": 1 << 30, "device_bytes": 5 << 28, "disk_bytes": 10 << 30, "set_aside": 1, "full": 3}
     cold = pb.TierStats(name="cold", state="ok", medium=medium)
@@ -311,6 +319,10 @@ def test_a_daemon_of_another_protocol_is_told(kvctl: Run, daemon: Daemon) -> Non
         ("set", "abcdefab", "--ttl", "-1"),
         ("set", "abcdefab", "--warm-bytes", "much"),
         ("log-level", "loud"),
+        ("tiers", "grow"),
+        ("tiers", "resize", "hot"),
+        ("tiers", "resize", "lukewarm=1GiB"),
+        ("tiers", "resize", "hot=much"),
         ("stats", "-o", "xml"),
         ("--address", "tcp:localhost:80", "ping"),
         ("bench", "no-such-suite"),

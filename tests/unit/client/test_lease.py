@@ -23,8 +23,9 @@ from kvstore_client import (
     Namespace,
     NotFound,
     TensorSpec,
+    targets,
 )
-from kvstore_client import reading as reading_module
+from kvstore_client.placement import Run
 from kvstore_client.testing import FakeDaemon
 from polling import eventually
 
@@ -140,13 +141,13 @@ def test_blocks_that_do_not_fill_their_slot(client: Client) -> None:
 
 def test_neighbours_are_copied_in_one_run(ns: Namespace, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
-    original = reading_module._Target.take
+    original = targets.HostTarget.take
 
-    def spy(self: object, rows: np.ndarray, block: int) -> None:
-        taken.append(len(rows))
-        original(self, rows, block)  # type: ignore[arg-type]
+    def spy(self: targets.HostTarget, run: Run, ranges: targets.Ranges) -> None:
+        taken.append(run.stop - run.first)
+        original(self, run, ranges)
 
-    monkeypatch.setattr(reading_module._Target, "take", spy)
+    monkeypatch.setattr(targets.HostTarget, "take", spy)
     with ns.acquire(keys) as lease:
         lease.read_into(room())
         assert sum(taken) == N
@@ -206,13 +207,13 @@ def test_a_slot_reused_before_the_copy(daemon: FakeDaemon, ns: Namespace, keys: 
 def test_a_slot_reused_during_the_copy(
     daemon: FakeDaemon, ns: Namespace, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = reading_module._Target.take
+    original = targets.HostTarget.take
 
-    def race(self: object, rows: np.ndarray, block: int) -> None:
+    def race(self: targets.HostTarget, run: Run, ranges: targets.Ranges) -> None:
         daemon.lose([keys[N - 1]])
-        original(self, rows, block)  # type: ignore[arg-type]
+        original(self, run, ranges)
 
-    monkeypatch.setattr(reading_module._Target, "take", race)
+    monkeypatch.setattr(targets.HostTarget, "take", race)
     with ns.acquire(keys) as lease, pytest.raises(LeaseExpired, match=f"block {N - 1}"):
         lease.read_into(room())
 

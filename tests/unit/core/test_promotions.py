@@ -46,6 +46,20 @@ def test_promotions_keep_to_the_hot_tiers_room() -> None:
     check(world)
 
 
+def test_a_hot_tier_that_turns_out_smaller_lets_its_least_used_blocks_go() -> None:
+    world = hot_world(6)
+    space = world.open()
+    world.put(space, chain(6))
+    use(world, space, chain(6))
+    assert world.promote_all() == 6
+    world.cache.resize(HOT, 4 * PAGE)
+    check(world)
+    assert len(names_of(space, HOT)) == 4
+    assert len(world.cache.residency.deletes[HOT]) == 2, "the medium is told"
+    world.cache.resize(HOT, 5 * PAGE)
+    assert world.cache.residency.budgets[HOT].free_bytes == PAGE
+
+
 def test_room_for_large_blocks_in_a_batch_of_promotions_is_not_counted_as_small() -> None:
     world = World(warm_bytes=40 * PAGE, slab_bytes=10 * PAGE, hot_bytes=8 * PAGE, promote_hits=1)
     large, small = world.open("large", nbytes=3 * PAGE), world.open("small")

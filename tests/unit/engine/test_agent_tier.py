@@ -494,6 +494,16 @@ def test_a_compaction_tells_what_it_gained(agent: FakeAgent) -> None:
     assert agent.reasons == []
 
 
+def test_a_resize_tells_what_the_medium_gives(agent: FakeAgent) -> None:
+    reply = agent_pb2.AgentResizeResponse(capacity_bytes=7 << 20)
+    agent.script = lambda agent, frame: agent.reply(frame, reply.SerializeToString())
+    assert agent.tier.resize(8 << 20) == agent.tier.capacity_bytes == 7 << 20
+    agent.script = refused
+    with pytest.raises(InternalError):
+        agent.tier.resize(1 << 20)
+    assert (agent.tier.capacity_bytes, agent.reasons) == (7 << 20, [])
+
+
 def test_a_slow_check_does_not_end_the_agent(late_agent: FakeAgent) -> None:
     late_agent.script = FakeAgent.silent
     with pytest.raises(Unavailable, match="no answer to CHECK"):

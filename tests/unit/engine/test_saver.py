@@ -63,6 +63,22 @@ def test_a_victim_that_a_newer_use_hid_is_saved_before_it_leaves(make_rig: MakeR
             rig.cache.moves.saved(copy, None)
 
 
+def test_a_hot_tier_without_a_slot_of_that_size_gets_room_by_what_is_used_least(make_rig: MakeRig) -> None:
+    """A device's memory is cut into slots: the budget says that there is room, and the device says no."""
+    rig = make_rig(hot_bytes=64 * 4096)
+    blocks = rig.put("a", 40)
+    rig.hot.outcome = lambda item: Outcome.FULL if len(rig.hot.blocks) >= 32 else Outcome.OK
+    rig.mover.start()
+    for _ in range(4):
+        lease = rig.acquire("a", 40)
+        rig.release(lease)
+        rig.mover.kick_saves()
+        eventually(lambda: not rig.cache.reads.promotions, "the promotions to be tried")
+    eventually(lambda: rig.hot.of("delete"), "room to be made in hot")
+    assert rig.cache.residency.counts[HOT].write_failures > 0
+    assert len(blocks) == 40
+
+
 # -- a medium that takes nothing ------------------------------------------------------------------------------
 
 

@@ -57,7 +57,7 @@ def test_a_healthy_life_ends_a_series_of_failures(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_machine_without_processes_is_a_start_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> None:
+    def refuse(_environment: object) -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(module, "AgentProcess", refuse)
@@ -91,7 +91,7 @@ def test_a_delete_that_nobody_confirms_is_not_done() -> None:
 def test_a_defect_in_the_keeper_is_a_start_that_fails_and_not_one_that_hangs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def defective() -> None:
+    def defective(_environment: object) -> None:
         raise ZeroDivisionError("nobody thought of this")
 
     monkeypatch.setattr(module, "AgentProcess", defective)
@@ -128,7 +128,7 @@ def test_only_an_agent_that_crashes_while_it_starts_is_tried_again(
     """A damaged medium kills whoever opens it, until it is set aside; a reason that is given will not go away."""
     made: list[PlayedProcess] = []
 
-    def start() -> PlayedProcess:
+    def start(_environment: object) -> PlayedProcess:
         made.append(PlayedProcess())
         made[-1].crashed = crashed
         return made[-1]
@@ -153,7 +153,7 @@ def test_a_defect_while_an_agent_serves_ends_it_and_the_next_one_is_started(
     made: list[PlayedProcess] = []
     downs: list[int] = []
 
-    def start() -> PlayedProcess:
+    def start(_environment: object) -> PlayedProcess:
         made.append(PlayedProcess())
         return made[-1]
 
