@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import tempfile
 import time
@@ -64,17 +65,25 @@ class Cold:
     operators: Operators
 
     def get(self, name: str, readers: int, kernels: str) -> Result:
-        """acquire, read_into, release of blocks that only the cold tier has; its file is in the page cache."""
+        """acquire, read_into, release of blocks that only the cold tier has; its file is in the page cache.
+
+        `cpu_bound` is the ratio that this machine's cores give at best, by the processor time that agent, daemon and
+        worker take together: other work on the machine does not count in it.
+        """
         with self._daemon(reader_threads=readers, codec_kernels=kernels) as daemon, Client(daemon.address) as client:
             stored = self._store(client, daemon)
-            memcpy_s, taken_s = [], []
+            memcpy_s, taken_s, bounds = [], [], []
             for _ in range(self.scale.rounds):
                 self._evict(client, daemon)
+                copying_s = time.thread_time()
                 memcpy_s.append(stored.blocks.memcpy_seconds())
+                copying_s, before_s = time.thread_time() - copying_s, _cpu_seconds(daemon.pid)
                 taken_s.append(stored.read(client))
+                bounds.append(copying_s * len(os.sched_getaffinity(0)) / (_cpu_seconds(daemon.pid) - before_s))
             stored.blocks.check()
             base = transfer_result(name, memcpy_s, taken_s, stored.blocks.nbytes)
-            return Result(name, {**base.figures, "agent_mb": _agent_anonymous_mb(daemon.pid)})
+            bound = round(statistics.median(bounds), 4)
+            return Result(name, {**base.figures, "cpu_bound": bound, "agent_mb": _agent_anonymous_mb(daemon.pid)})
 
     def get_from_disk(self, name: str, *, in_order: bool) -> Result:
         """The same with the file dropped from the page cache, against pread of the raw bytes from a plain file."""
@@ -265,6 +274,12 @@ class _Stored:
         if self._in_order:
             return worker.namespace(client, BIG_BLOCK, "cold-chain")
         return worker.namespace(client, BIG_BLOCK, "cold-set", "set")
+
+
+def _cpu_seconds(daemon_pid: int) -> float:
+    """Processor time of this process, the daemon and its agent so far."""
+    pids = (os.getpid(), daemon_pid, *(child.pid for child in psutil.Process(daemon_pid).children()))
+    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)  # clock_getcpuclockid(3), which Python does not have
 
 
 def _agent_anonymous_mb(daemon_pid: int) -> float:
