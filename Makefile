@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+KILLS ?= 200
+MINUTES ?= 30
+SEED ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Twice quiet: only errors. What a machine is told of its own package sources belongs to nobody here.
@@ -13,11 +16,11 @@ install := $(BIN)/python -m pip install --quiet --quiet --constraint constraints
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test fast check format proto bench clean distclean
+.PHONY: help demo test fast check chaos soak format proto bench clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo '  Variables: PYTHON (3.11 or later), PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS'
+	@echo '  Variables: PYTHON (3.11 or later), PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, KILLS, MINUTES, SEED'
 
 demo: $(VENV)/.demo ## Serve a prompt's prefix from the cache, and show what it saves
 	$(BIN)/python -m ops.demo $(DEMO_ARGS)
@@ -36,6 +39,12 @@ check: $(VENV)/.dev ## Lint, format, types, layers, and the rules of tests/repo
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -q tests/repo
+
+chaos: $(VENV)/.dev ## Kill and stop daemon, agents and workers under load; KILLS, SEED
+	$(BIN)/python tests/longrun/chaos.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+
+soak: $(VENV)/.dev ## Work, connect and die for MINUTES: nothing may grow
+	$(BIN)/python tests/longrun/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 format: $(VENV)/.dev ## Reformat the tree and apply the fixes of ruff that are safe
 	$(BIN)/ruff format .
