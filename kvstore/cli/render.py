@@ -61,7 +61,10 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], title: str 
 def progress(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, while that is a terminal; yields what advances it."""
     hidden = not (shown and sys.stderr.isatty())
-    with click.progressbar(length=max(total, 1), label=title, file=sys.stderr, hidden=hidden) as made:
+    steps = max(1, total // 1000)  # drawn no more often
+    with click.progressbar(
+        length=max(total, 1), label=title, file=sys.stderr, hidden=hidden, update_min_steps=steps
+    ) as made:
         yield made.update
 
 

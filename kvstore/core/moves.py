@@ -10,7 +10,7 @@ from typing import NamedTuple
 from kvstore.core.block import COLD, HOT, REFUSED, SAVING, WARM, Block, Blocks, Namespace
 from kvstore.core.lending import ClassKey
 from kvstore.core.reads import Reads
-from kvstore.core.residency import BelowRef, Residency, slot_bytes
+from kvstore.core.residency import BelowRef, Residency
 from kvstore.core.slots import Slot, SlotState
 
 # A victim that was saved before it must go costs nothing to drop. The design asks for 5 % of warm; a burst of puts
@@ -85,7 +85,7 @@ class Moves:
         choose = self._newest if newest_first else self._closest_to_leave
         while not self._condemned and len(batch) < count and (found := choose(count - len(batch), crowded)):
             for block in found:
-                if batch and nbytes < slot_bytes(block):
+                if batch and nbytes < block.namespace.slot_bytes:
                     return batch
                 before = self._residency.admission.mark()
                 if not self._admits(block, now_s, newest_first):
@@ -95,7 +95,7 @@ class Moves:
                     self._residency.admission.back_to(before)
                     crowded.add(self._crowd_of(block))
                     continue
-                nbytes -= slot_bytes(block)
+                nbytes -= block.namespace.slot_bytes
                 batch.append(self._begin_save(block))
         return batch
 

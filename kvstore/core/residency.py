@@ -78,9 +78,8 @@ class Residency:
         self.counts = {tier: TierCount() for tier in (HOT, WARM, COLD)}
         self.up = {HOT: False, WARM: True, COLD: False}
         self.deletes: dict[int, list[BelowRef]] = {HOT: [], COLD: []}
-        self.dirty: dict[
-            Block, None
-        ] = {}  # in warm and not in cold (hot forgets at every restart), by put or later use
+        # In warm and not in cold (hot forgets at every restart), by put or later use.
+        self.dirty: dict[Block, None] = {}
         self.urgent: dict[Block, None] = {}  # those of them that leave next
         self.demand_bytes = 0  # of the largest calls of late, for slots in warm
         # Of warm blocks on their way out. What was loaded for one use is as free to go, and does not count: more often
@@ -224,14 +223,14 @@ class Residency:
     def foresee(self, block: Block) -> None:
         """Its slot is being filled on a hint."""
         block.spare |= PREFETCHED
-        self.prefetched_bytes += slot_bytes(block)
+        self.prefetched_bytes += block.namespace.slot_bytes
 
     def fetched(self, block: Block) -> bool:
         """Somebody came for the block, or it is not there any more; returns whether it was loaded on a hint."""
         foreseen = bool(block.spare & PREFETCHED)
         if foreseen:
             block.spare &= ~PREFETCHED
-            self.prefetched_bytes -= slot_bytes(block)
+            self.prefetched_bytes -= block.namespace.slot_bytes
         return foreseen
 
     def settle_warm(self, block: Block) -> None:
@@ -487,8 +486,3 @@ class Residency:
             dropped += bool(block.copies)
             self.forget(block)
         return dropped
-
-
-def slot_bytes(block: Block) -> int:
-    """Bytes that a block takes in warm."""
-    return block.namespace.slot_bytes

@@ -6,8 +6,10 @@ trace's. A request acquires the full blocks of its prompt, waits for what loads,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from kvstore.core.block import COLD, HOT, WARM, Namespace
 from kvstore.core.cache import BlockCache, CacheConfig, NamespaceShape
@@ -25,6 +27,7 @@ PROMOTE_HITS = 2  # the daemon's own
 _SESSION, _TENANT = 1, "replay"
 _CHECKSUM = bytes(16)
 _SAVE_BLOCKS = 32
+_COPIES = attrgetter("copies")
 
 
 @dataclass(slots=True)
@@ -109,9 +112,8 @@ class Simulator:
         if not self._tiered:
             hits["warm"] += len(part.blocks)
             return
-        for block in part.blocks:
-            copies = block.copies
-            hits["hot" if copies & HOT else "warm" if copies & WARM else "cold"] += 1
+        for copies, blocks in Counter(map(_COPIES, part.blocks)).items():
+            hits["hot" if copies & HOT else "warm" if copies & WARM else "cold"] += blocks
         self._load()
 
     def _put(self, parent: bytes, keys: list[bytes]) -> None:
