@@ -159,6 +159,7 @@ class Puts:
             self._residency.abandon(slot)
             return ()
         block.checksum = item.checksum
+        block.lossy = b""  # a hole may remember the cold copy that it lost
         item.status = PutStatus.STORED
         self._residency.stamp(block)
         if item.passes:

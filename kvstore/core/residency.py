@@ -203,7 +203,7 @@ class Residency:
             self.dirty[block] = None
         if block.spare & WARM:
             self.leaving_bytes += slot_bytes(block) if block.hits >= _PASSED else 0
-            if not saved:
+            if block in self.dirty:
                 self.urgent[block] = None
         self.orders.insert(block, WARM)
         above = block.parent

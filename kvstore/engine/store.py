@@ -118,6 +118,13 @@ class Store(Operations):
 
     def start(self) -> None:
         """Recover what the cold tier holds, and begin to work."""
+        self._recover()
+        self._slabs.start()
+        self._mover.start()
+        self._media_stats.start()
+        self._ticker.start()
+
+    def _recover(self) -> None:
         self._catalogue.load()
         clean = self._catalogue.take_clean_mark()
         cold = self._mover.tier(COLD)
@@ -133,10 +140,6 @@ class Store(Operations):
             _log.info(
                 "recovered %d cold blocks, swept %d, in %.2f s, %s", result.blocks, len(result.swept), took_s, how
             )
-        self._slabs.start()
-        self._mover.start()
-        self._media_stats.start()
-        self._ticker.start()
 
     def tier_up(self, tier: int) -> None:
         """An agent serves."""
@@ -398,6 +401,7 @@ class Store(Operations):
     def put(self, session: Session, request: kvstore_pb2.PutRequest, deadline_s: float) -> tuple[bytes, bytes]:
         """Store blocks from the session's staging segment; one status and one reason per key."""
         namespace = self._namespace(session, request.namespace)
+        epoch = namespace.epoch  # what is cleared from here on, while the call waits for its turn or a slab, is stale
         keys = split_keys(request.keys)
         if self.draining:
             return bytes([PutStatus.REJECTED]) * len(keys), bytes([Reject.DRAINING]) * len(keys)
@@ -409,6 +413,7 @@ class Store(Operations):
             plan = self._begin_put(namespace, request.parent, keys)
             carried = plan is not None and namespace.block_nbytes <= _SMALL_BLOCK_BYTES
             if plan is not None and carried:  # copies of small blocks are mostly bytecode too
+                plan.epoch = epoch
                 self._carry_out(plan, source, deadline_s)
         if plan is None:
             with self._lock:
@@ -416,6 +421,7 @@ class Store(Operations):
             with self._gate(len(keys)), self._lock:
                 plan = self._cache.puts.begin(namespace, request.parent, keys)
         if not carried:
+            plan.epoch = epoch
             self._carry_out(plan, source, deadline_s)
         self._mover.kick_saves()
         return bytes(item.status for item in plan.items), bytes(item.reason for item in plan.items)
