@@ -15,6 +15,19 @@ uids = [1001]
 gids = [1001]
 warm_bytes = "4GiB"
 ```
+
+For workers on other hosts, whose certificate's names say whose they are (or token_file instead, see SECURITY.md):
+
+```toml
+listen = "0.0.0.0:7400"
+tls_certificate = "/etc/kvstore/server.pem"
+tls_key = "/etc/kvstore/server.key"
+tls_client_ca = "/etc/kvstore/clients.pem"
+
+[tenants.search]
+sans = ["spiffe://example/search"]
+admin_sans = ["spiffe://example/search-operator"]
+```
 """
 
 from __future__ import annotations
@@ -26,7 +39,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kvstore.access import RemoteAccess
 from kvstore.machine import Machine, disk_used_bytes, free_disk_bytes
+from kvstore.remote_access import describe_remote, load_remote_access
 from kvstore.settings import COLD_BYTES_MIN, WARM_BYTES_MIN, ConfigError, Settings, Tenant
 from kvstore.sizes import GIB, MIB, format_size
 
@@ -85,6 +100,7 @@ class Config:
     cold_daily_bytes: int
     tenants: tuple[Tenant, ...]
     notes: tuple[str, ...] = ()
+    remote: RemoteAccess | None = None
 
     @property
     def attach_socket(self) -> Path:
@@ -128,6 +144,7 @@ class Config:
             f"a lease ends {self.lease_ttl_s:g} s after its session's last sign of life; an agent that does not answer "
             f"for {self.agent_timeout_s:g} s is replaced",
             *(_describe_tenant(tenant) for tenant in self.tenants),
+            *describe_remote(self.remote),
             *self.notes,
         ]
 
@@ -259,6 +276,7 @@ class _Settling:
             cold_daily_bytes=asked.cold_daily_bytes or 0,
             tenants=self._tenants(warm_bytes, cold_bytes),
             notes=tuple(self._notes),
+            remote=load_remote_access(asked, asked.tenants or ()),
         )
         _check_socket(config)
         return config

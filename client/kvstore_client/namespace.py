@@ -18,7 +18,7 @@ from kvstore_client.claim import Claim
 from kvstore_client.connection import Connection
 from kvstore_client.lease import Lease
 from kvstore_client.outcomes import NO_MATCH, REJECTED, Match, PutOutcome, RejectReason, withheld_reason
-from kvstore_client.put import PutPipeline, PutTarget
+from kvstore_client.put import PutTarget, Storing
 from kvstore_client.rpc import ACQUIRE, ADOPT, CLEAR, DELETE, EXISTS, MATCH, PREFETCH
 from kvstore_client.session import Session
 from kvstore_client.staged import PUT_TIMEOUT_S, StagedBuffers, StagedRange
@@ -245,13 +245,13 @@ class Namespace:
         buffers = block_buffers(blocks, self.spec.layout, Wanted("blocks", len(named), True, False))
         if not len(named):
             return []
-        tried: list[PutPipeline] = []
+        tried: list[Storing] = []
 
         def store(session: Session, deadline_s: float) -> list[PutOutcome]:
             target = replace(self._target(self.open_on(session, deadline_s)), pin=pin)
             if session.lacks_staging_for(self._block_nbytes):
                 return [REJECTED(RejectReason.QUOTA)] * len(named)
-            pipeline = PutPipeline(session, target, len(named), deadline_s)
+            pipeline = session.put_pipeline(target, len(named), deadline_s)
             tried.append(pipeline)
             pipeline.run(named, buffers)
             return pipeline.outcomes()
@@ -266,7 +266,7 @@ class Namespace:
 
         Args:
             n: how many blocks.
-            timeout_s: bound of the wait for a free range; where none comes the buffers are private memory.
+            timeout_s: bound of the wait for a free range; where none comes, or over TCP, the buffers are private.
 
         Raises:
             InvalidRequest: so many never fit; the message says how many do.
@@ -278,7 +278,7 @@ class Namespace:
         def take(session: Session, deadline_s: float) -> tuple[StagedRange | None, NDArray[np.uint8] | None]:
             target = self._target(self.open_on(session, deadline_s))
             session.check_alive()  # the staging may be mapped already, and then nobody would be asked
-            if session.lacks_staging_for(self._block_nbytes):
+            if not session.shares_memory or session.lacks_staging_for(self._block_nbytes):
                 return None, None
             staging = session.staging(self._block_nbytes, deadline_s)
             if n * target.stride > staging.nbytes:

@@ -11,6 +11,7 @@ from kvstore.protocol.namespace import NamespaceSpec
 from kvstore_client._lazy import np, xxhash
 from kvstore_client.buffers import BlockBuffers, Wanted, block_buffers
 from kvstore_client.claim import Claim
+from kvstore_client.fetching import RemotePlacement, fetch_into
 from kvstore_client.placement import Placement
 from kvstore_client.rpc import deadline_after
 from kvstore_client.tensors import Framework, tensors_of
@@ -74,6 +75,8 @@ class LeaseGroup:
         buffers = block_buffers(out, self.namespace.layout, Wanted("out", stop - start, False, True))
         deadline_s = deadline_after(timeout_s)
         done, placement = start, self._placement
+        if isinstance(placement, RemotePlacement):
+            return fetch_into(self._claim, placement, range(start, stop), _Target(buffers, start), deadline_s)
         while done < min(stop, placement.stop):
             ready = placement.readable_to(done, min(stop, placement.stop))
             if ready > done:
@@ -193,6 +196,16 @@ class _Target:
             for piece in pieces:
                 np.copyto(piece, row[first : first + len(piece)])
                 first += len(piece)
+
+    def write(self, block: int, offset: int, data: memoryview) -> None:
+        """Put a piece of a block to its place."""
+        source, at = np.frombuffer(data, np.uint8), block - self._start
+        for piece in (self._whole[at],) if self._whole is not None else self._pieces[at]:
+            if not len(source):
+                break
+            part = source[: max(len(piece) - offset, 0)]
+            np.copyto(piece[offset : offset + len(part)], part)
+            source, offset = source[len(part) :], max(offset - len(piece), 0)
 
     def digest(self, block: int) -> bytes:
         """xxh3-128 of what was copied for a block."""
