@@ -21,6 +21,7 @@ from kvstore.protocol.errors import (
 from kvstore.v1 import kvstore_pb2 as pb
 from kvstore_client.claim import Claim
 from kvstore_client.placement import Placement
+from kvstore_client.rpc import deadline_after
 from kvstore_client.slabs import SlabCache
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 Fetch: TypeAlias = Callable[[pb.FetchRequest, float], Iterator[bytes]]
 
+FETCH_BYTES_MAX = 128 << 20
+"""Of one Fetch, each with a time limit of its own: a slow network is no reason to give up what arrives steadily."""
 _BUSY_PAUSE_S = 0.01  # before a stream is asked for again that the daemon had no room for
 
 
@@ -84,8 +87,10 @@ class FetchTarget(Protocol):
         """xxh3-128 of what was written for a block."""
 
 
-def fetch_into(claim: Claim, placement: RemotePlacement, blocks: range, target: FetchTarget, deadline_s: float) -> int:
+def fetch_into(claim: Claim, placement: RemotePlacement, blocks: range, target: FetchTarget, timeout_s: float) -> int:
     """Copy blocks to `target`; returns how many came before one was lost, or time ran out for a fail-open client.
+
+    `timeout_s` bounds each Fetch, and there is one for each FETCH_BYTES_MAX.
 
     Raises:
         LeaseExpired: the lease is over.
@@ -95,9 +100,11 @@ def fetch_into(claim: Claim, placement: RemotePlacement, blocks: range, target: 
     receiver = _Receiver(claim, placement, blocks, target)
     was_ready = placement.readable_to(blocks.start, blocks.stop) == blocks.stop
     begin_s = time.perf_counter()
+    deadline_s = deadline_after(timeout_s)
     while not receiver.is_done:
         try:
             receiver.receive(deadline_s)
+            deadline_s = deadline_after(timeout_s)
         except QuotaExceeded:
             if time.monotonic() + _BUSY_PAUSE_S >= deadline_s:
                 raise
@@ -151,9 +158,8 @@ class _Receiver:
         claim = self._claim
         claim.check_alive()
         self._at = 0
-        request = pb.FetchRequest(
-            lease_id=claim.lease_id, group=self._placement.index, start=self.block, stop=self._stop
-        )
+        stop = min(self._stop, self.block + max(1, FETCH_BYTES_MAX // self._nbytes))
+        request = pb.FetchRequest(lease_id=claim.lease_id, group=self._placement.index, start=self.block, stop=stop)
         for message in self._placement.fetch(request, deadline_s):
             rest, data = split(message, FETCH_DATA_FIELD)
             try:
@@ -166,7 +172,7 @@ class _Receiver:
                 self._is_cut = True
                 return
             self._take(head, data)
-        if not self.is_done:
+        if self.block < stop:
             raise InternalError(f"the daemon's answer to Fetch ended before block {self.block}")
 
     def _take(self, head: pb.FetchChunk, data: memoryview) -> None:

@@ -73,10 +73,9 @@ class LeaseGroup:
         if start == stop:
             return 0
         buffers = block_buffers(out, self.namespace.layout, Wanted("out", stop - start, False, True))
-        deadline_s = deadline_after(timeout_s)
-        done, placement = start, self._placement
+        done, placement, deadline_s = start, self._placement, deadline_after(timeout_s)
         if isinstance(placement, RemotePlacement):
-            return fetch_into(self._claim, placement, range(start, stop), _Target(buffers, start), deadline_s)
+            return fetch_into(self._claim, placement, range(start, stop), _Target(buffers, start), timeout_s)
         while done < min(stop, placement.stop):
             ready = placement.readable_to(done, min(stop, placement.stop))
             if ready > done:

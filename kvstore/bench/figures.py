@@ -47,6 +47,7 @@ TARGETS: dict[str, tuple[Target, ...]] = {
     "call_busy_p99_us": (Target("p99_us", 3000, 1000),),
     "match_8192_us": (Target("median_us", 1500, 400),),
     "keys_131072_ms": (Target("median_ms", 40, 12),),
+    "remote_get": _more("ratio_grpc", 0.8, 1.0),
     "idle": (Target("cpu_percent", 1.0, 0.2), Target("rss_mb", 140, 100)),
     "import_ratio": (Target("ratio", 2.0, 1.5),),
     "kvctl_help_s": (Target("seconds", 0.5, 0.3),),
@@ -74,6 +75,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "get_256k": ("get_256k_256", "get_256k_64", "get_256k_8", "get_256k_1"),
     "put": ("put_256", "put_spill"),
     "calls": ("call_local_us", "call_grpc_us", "call_busy_p99_us", "match_8192_us", "keys_131072_ms"),
+    "remote": ("remote_get",),
     "footprint": ("idle", "import_ratio", "kvctl_help_s"),
     "cold": tuple(name for name in TARGETS if name.startswith("cold_")),
 }

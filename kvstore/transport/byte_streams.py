@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,7 +89,7 @@ class ByteStreams:
         places = _places(session, request)
         block = request.start
         while block < request.stop:
-            ready, lost = self._ready(session, request, block, deadline_s)
+            ready, lost = self._ready(session, request, block, deadline_s, stream)
             for each in range(block, min(ready, request.stop)):
                 for message in self._chunks(session, places, each):
                     stream.wait_begins()
@@ -102,7 +102,7 @@ class ByteStreams:
                 return
 
     def _ready(
-        self, session: RemoteSession, request: pb.FetchRequest, block: int, deadline_s: float
+        self, session: RemoteSession, request: pb.FetchRequest, block: int, deadline_s: float, stream: Stream
     ) -> tuple[int, int]:
         """(index after the readable blocks, lost), once `block` is readable or lost."""
         ready, lost = self._engine.wait(session.view, request.lease_id, request.stop, 0.0)
@@ -110,8 +110,8 @@ class ByteStreams:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 raise DeadlineExceeded(f"block {block} was not loaded in time")
-            if session.ended.is_set():
-                raise LeaseExpired("the session has ended")
+            if session.ended.is_set() or not stream.context.is_active():
+                raise LeaseExpired("the session has ended, or the client takes no more")
             ready, lost = self._engine.wait(session.view, request.lease_id, block + 1, min(left_s, _WAIT_SLICE_S))
         return ready, lost
 
@@ -136,20 +136,18 @@ class ByteStreams:
     # -- in
 
     def store(
-        self, session: RemoteSession, messages: Iterable[bytes], deadline_s: float, stream: Stream
+        self, session: RemoteSession, messages: Iterator[bytes], deadline_s: float, stream: Stream
     ) -> pb.PutResponse:
         """Put what arrives. Memory: the session's staging and one message; nothing of a block that is not whole stays.
 
         Raises:
             KVStoreError: the messages are not as they must be; no deadline is left.
         """
-        arriving = _arriving(messages, stream)
-        first = next(arriving, None)
-        put, early = _first_of(first)
+        put, early = _first_of(stream.take(messages))
         if not session.storing.acquire(timeout=max(deadline_s - time.monotonic(), 0.0)):
             raise DeadlineExceeded("another Store of this session is still running")
         try:
-            return self._store(session, put, _Feed(early, arriving), deadline_s)
+            return self._store(session, put, _Feed(early, messages, stream), deadline_s)
         finally:
             session.storing.release()
 
@@ -187,9 +185,10 @@ class ByteStreams:
 class _Feed:
     """The bytes of a Store, in order."""
 
-    def __init__(self, early: memoryview, arriving: Iterator[bytes]) -> None:
+    def __init__(self, early: memoryview, messages: Iterator[bytes], stream: Stream) -> None:
         self._rest = early
-        self._arriving = arriving
+        self._messages = messages
+        self._stream = stream
 
     def fill(self, target: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
         """Take as many bytes as the target has.
@@ -206,7 +205,7 @@ class _Feed:
             at, self._rest = at + len(piece), self._rest[len(piece) :]
 
     def _next(self, wanted: int) -> memoryview:
-        message = next(self._arriving, None)
+        message = self._stream.take(self._messages)
         if message is None:
             raise InvalidRequest(f"Store: the stream ended {wanted} bytes before the end of a block")
         head, data = split(message, STORE_DATA_FIELD)
@@ -216,17 +215,6 @@ class _Feed:
                 "and nothing else"
             )
         return data
-
-
-def _arriving(messages: Iterable[bytes], stream: Stream) -> Iterator[bytes]:
-    iterator = iter(messages)
-    while True:
-        stream.wait_begins()
-        message = next(iterator, None)
-        stream.wait_ends()
-        if message is None:
-            return
-        yield message
 
 
 def _first_of(message: bytes | None) -> tuple[pb.PutRequest, memoryview]:

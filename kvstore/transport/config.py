@@ -32,6 +32,7 @@ class Limits:
         remote_sessions: clients over TCP, each with a thread for its Hello.
         remote_calls: calls at a time over TCP, each on a thread; further ones get RESOURCE_EXHAUSTED.
         remote_waits: of these, how many may be Wait.
+        calls_per_session: of these, how many of one session.
         remote_streams: and how many Fetch or Store.
         streams_per_session: of these, how many of one session.
         remote_connections: TCP connections, with those that have not said yet who they are.
@@ -51,7 +52,8 @@ class Limits:
     grpc_public_streams: int = 8
     remote_sessions: int = 64
     remote_calls: int = 64
-    remote_waits: int = 16
+    remote_waits: int = 32
+    calls_per_session: int = 16
     remote_streams: int = 32
     streams_per_session: int = 4
     remote_connections: int = 256

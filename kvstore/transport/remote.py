@@ -9,15 +9,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import NoReturn, cast
+from typing import NoReturn, TypeAlias, cast
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from kvstore.access import Identity, RemoteAccess
-from kvstore.protocol.errors import InvalidRequest, KVStoreError, ProtocolMismatch, QuotaExceeded, Unavailable
+from kvstore.protocol.errors import InvalidRequest, KVStoreError, ProtocolMismatch, Unavailable
 from kvstore.protocol.frames import PROTOCOL_VERSION
 from kvstore.transport.byte_streams import ByteStreams
 from kvstore.transport.config import TransportConfig
@@ -28,7 +28,6 @@ from kvstore.transport.grpc_server import (
     MESSAGE_CHARS_MAX,
     REPLY_S,
     STATUS,
-    Behavior,
     budget_s,
     server_options,
     token_of,
@@ -44,11 +43,14 @@ from kvstore.v1 import kvstore_pb2 as pb
 log = logging.getLogger(__name__)
 
 
+StreamBehavior: TypeAlias = Callable[[Iterator[bytes], grpc.ServicerContext], bytes]
+
 ACCESS_METADATA = "kvstore-access-bin"
 _SAN = "x509_subject_alternative_name"
 _TICK_S = 0.25
 _NAME_BYTES_MAX = 128
 _STOP_S = 5.0
+_REFUSAL_EVERY_S = 1.0
 _NO_SHARED_MEMORY = "{} needs shared memory, which there is none of over TCP; use {}"
 
 
@@ -71,8 +73,10 @@ class RemoteServer:
         self._views = SlabViews(engine)
         self._bytes = ByteStreams(engine, self._sessions, self._views)
         self._streams = Streams(limits.remote_streams, limits.streams_per_session, limits.send_timeout_s)
-        self._waiting = threading.BoundedSemaphore(limits.remote_waits)
-        threads = limits.remote_sessions + limits.remote_calls
+        self._calls = Streams(limits.remote_calls, limits.calls_per_session, limits.send_timeout_s)
+        self._waits = Streams(limits.remote_waits, limits.calls_per_session, limits.send_timeout_s)
+        self._refusals = Refusals()
+        threads = limits.remote_sessions + limits.remote_calls + limits.remote_streams
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="remote")
         options = [
             *server_options(),
@@ -117,13 +121,14 @@ class RemoteServer:
         self._views.close()
 
     def _register(self, data: Mapping[str, MethodSpec], admin: Mapping[str, MethodSpec]) -> None:
-        table = {name: grpc.unary_unary_rpc_method_handler(self._behavior(spec)) for name, spec in data.items()}
-        table["Hello"] = grpc.unary_stream_rpc_method_handler(self._hello)
-        table["Fetch"] = grpc.unary_stream_rpc_method_handler(self._fetch)
+        # All as streams, which a unary call is on the wire too: nothing is read of a caller that was not let in.
+        table = {name: grpc.stream_unary_rpc_method_handler(self._behavior(spec)) for name, spec in data.items()}
+        table["Hello"] = grpc.stream_stream_rpc_method_handler(self._hello)
+        table["Fetch"] = grpc.stream_stream_rpc_method_handler(self._fetch)
         table["Store"] = grpc.stream_unary_rpc_method_handler(self._store)
         for name, instead in (("MapSlabs", "Fetch"), ("Put", "Store")):
-            table[name] = grpc.unary_unary_rpc_method_handler(_refusing(_NO_SHARED_MEMORY.format(name, instead)))
-        ops = {name: grpc.unary_unary_rpc_method_handler(self._behavior(spec)) for name, spec in admin.items()}
+            table[name] = grpc.stream_unary_rpc_method_handler(_refusing(_NO_SHARED_MEMORY.format(name, instead)))
+        ops = {name: grpc.stream_unary_rpc_method_handler(self._behavior(spec)) for name, spec in admin.items()}
         self._server.add_generic_rpc_handlers(
             (
                 grpc.method_handlers_generic_handler(KVSTORE_SERVICE, table),
@@ -134,7 +139,8 @@ class RemoteServer:
     def _tick(self) -> None:
         while not self._stopping.wait(_TICK_S):
             self._sessions.end_silent()
-            self._streams.cut_stalled()
+            for running in (self._calls, self._streams):
+                running.cut_stalled()
             self._views.drop_retired()
 
     # -- who calls
@@ -150,16 +156,18 @@ class RemoteServer:
 
     # -- what is called
 
-    def _behavior(self, spec: MethodSpec) -> Behavior:
-        def behave(payload: bytes, context: grpc.ServicerContext) -> bytes:
+    def _behavior(self, spec: MethodSpec) -> StreamBehavior:
+        def behave(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
             began_s = time.monotonic()
             try:
                 session = self._session(context)
-                deadline_s = began_s + budget_s(self._config.limits, context)
-                check_deadline(spec.name, deadline_s)
-                if spec.kind is Kind.WAIT:
-                    return self._wait(spec, payload, session, deadline_s, context)
-                return answer(spec, payload, session.view, deadline_s)
+                with self._calls.place(spec.name, session.view.id, context) as call:
+                    payload = _only(call.take(messages), spec.name)
+                    deadline_s = began_s + budget_s(self._config.limits, context)
+                    check_deadline(spec.name, deadline_s)
+                    if spec.kind is Kind.WAIT:
+                        return self._wait(spec, payload, session, deadline_s, context)
+                    return answer(spec, payload, session.view, deadline_s)
             except KVStoreError as error:
                 _abort(context, error)
 
@@ -173,23 +181,19 @@ class RemoteServer:
         deadline_s: float,
         context: grpc.ServicerContext,
     ) -> bytes:
-        if not self._waiting.acquire(blocking=False):
-            raise QuotaExceeded(f"{self._config.limits.remote_waits} Wait calls are running over TCP; retry")
-        try:
-            with defects_logged(spec.name):
-                request = cast("pb.WaitRequest", parse(spec, payload))
-                until_s = deadline_s - min(REPLY_S, (deadline_s - time.monotonic()) / 4)
-                return self._handlers.wait(request, session.view, until_s, context.is_active).SerializeToString()
-        finally:
-            self._waiting.release()
+        with self._waits.place(spec.name, session.view.id, context), defects_logged(spec.name):
+            request = cast("pb.WaitRequest", parse(spec, payload))
+            until_s = deadline_s - min(REPLY_S, (deadline_s - time.monotonic()) / 4)
+            return self._handlers.wait(request, session.view, until_s, context.is_active).SerializeToString()
 
-    def _hello(self, payload: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+    def _hello(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         try:
             identity = self._identity(context)
-            hello = _parse_hello(payload)
+            with self._calls.place("Hello", identity, context) as call:
+                hello = _parse_hello(_only(call.take(messages), "Hello"))
             session = self._sessions.open(identity, hello.client_name, context.peer())
         except KVStoreError as error:
-            _refused(context, error)
+            self._refusals.note(context.peer(), error)
             _abort(context, error)
         if not context.add_callback(lambda: self._sessions.end(session, "the connection ended")):
             self._sessions.end(session, "the connection ended during the hello")
@@ -203,11 +207,12 @@ class RemoteServer:
         session.ended.wait()
         _abort(context, Unavailable("the session has ended"))
 
-    def _fetch(self, payload: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+    def _fetch(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         began_s = time.monotonic()
         try:
             session = self._session(context)
-            with self._streams.place("Fetch", session, context) as stream, defects_logged("Fetch"):
+            with self._streams.place("Fetch", session.view.id, context) as stream, defects_logged("Fetch"):
+                payload = _only(stream.take(messages), "Fetch")
                 deadline_s = began_s + budget_s(self._config.limits, context)
                 try:
                     request = pb.FetchRequest.FromString(payload)
@@ -221,11 +226,37 @@ class RemoteServer:
         began_s = time.monotonic()
         try:
             session = self._session(context)
-            with self._streams.place("Store", session, context) as stream, defects_logged("Store"):
+            with self._streams.place("Store", session.view.id, context) as stream, defects_logged("Store"):
                 deadline_s = began_s + budget_s(self._config.limits, context)
                 return self._bytes.store(session, messages, deadline_s, stream).SerializeToString()
         except KVStoreError as error:
             _abort(context, error)
+
+
+class Refusals:
+    """Hellos that were refused, told of at most once a second: nobody unknown may fill the log."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._told_s = 0.0
+        self._untold = 0
+
+    def note(self, where: str, error: KVStoreError) -> None:
+        """One was refused."""
+        with self._lock:
+            now_s, untold = time.monotonic(), self._untold
+            if now_s - self._told_s < _REFUSAL_EVERY_S:
+                self._untold += 1
+                return
+            self._told_s, self._untold = now_s, 0
+        log.warning("a hello over TCP was refused: from=%r reason=%r, and %d before it", where, str(error), untold)
+
+
+def _only(message: bytes | None, name: str) -> bytes:
+    """The one request of a call."""
+    if message is None:
+        raise InvalidRequest(f"{name}: the call has no request")
+    return message
 
 
 def _credentials(access: RemoteAccess) -> grpc.ServerCredentials:
@@ -248,15 +279,11 @@ def _parse_hello(payload: bytes) -> pb.HelloRequest:
     return hello
 
 
-def _refusing(message: str) -> Behavior:
-    def behave(payload: bytes, context: grpc.ServicerContext) -> bytes:
+def _refusing(message: str) -> StreamBehavior:
+    def behave(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         context.abort(grpc.StatusCode.UNIMPLEMENTED, message)
 
     return behave
-
-
-def _refused(context: grpc.ServicerContext, error: KVStoreError) -> None:
-    log.warning("a hello over TCP was refused: from=%r reason=%r", context.peer(), str(error))
 
 
 def _abort(context: grpc.ServicerContext, error: KVStoreError) -> NoReturn:

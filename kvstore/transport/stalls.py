@@ -1,4 +1,4 @@
-"""Streams that wait for their peer: one that does not read, or does not send, is cut off."""
+"""Calls over TCP while they run: so many at a time, and one whose peer does not read, or does not send, is cut off."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import grpc
 
-from kvstore.protocol.errors import QuotaExceeded
+from kvstore.protocol.errors import QuotaExceeded, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,20 @@ class Stream:
         self.context = context
         self.since_s = 0.0  # that it waits; 0: it does not
 
+    def take(self, messages: Iterator[bytes]) -> bytes | None:
+        """The next message of the peer's; None: it sends no more.
+
+        Raises:
+            Unavailable: the peer has gone, or was cut off.
+        """
+        self.wait_begins()
+        try:
+            return next(messages, None)
+        except grpc.RpcError as error:
+            raise Unavailable("the client has gone, or kept the call waiting for too long") from error
+        finally:
+            self.wait_ends()
+
     def wait_begins(self) -> None:
         """The next step is the peer's."""
         self.since_s = time.monotonic()
@@ -35,7 +49,7 @@ class Stream:
 
 
 class Streams:
-    """The byte streams that run: so many at a time, so many of one owner."""
+    """The calls of a kind that run: so many at a time, so many of one owner."""
 
     def __init__(self, streams_max: int, owner_max: int, stall_s: float) -> None:
         self._streams_max = streams_max
@@ -56,11 +70,11 @@ class Streams:
         """
         stream = Stream(name, context)
         with self._lock:
-            mine = sum(1 for other in self._running.values() if other is owner)
+            mine = sum(1 for other in self._running.values() if other == owner)
             if len(self._running) >= self._streams_max or mine >= self._owner_max:
                 raise QuotaExceeded(
-                    f"{len(self._running)} byte streams are running, {mine} of this session; there may be "
-                    f"{self._streams_max} and {self._owner_max}: wait for one to end"
+                    f"{name}: {len(self._running)} such calls are running over TCP, {mine} of them yours; there may be "
+                    f"{self._streams_max}, {self._owner_max} of one session: wait for one to end"
                 )
             self._running[stream] = owner
         try:
