@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NoReturn, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias
 
 from google.protobuf.message import DecodeError
 
@@ -19,6 +19,7 @@ from kvstore.protocol.errors import (
     Unavailable,
 )
 from kvstore.v1 import kvstore_pb2 as pb
+from kvstore_client._lazy import xxhash
 from kvstore_client.claim import Claim
 from kvstore_client.placement import Placement
 from kvstore_client.rpc import deadline_after
@@ -83,9 +84,6 @@ class FetchTarget(Protocol):
     def write(self, block: int, offset: int, data: memoryview) -> None:
         """Put a piece of a block to its place."""
 
-    def digest(self, block: int) -> bytes:
-        """xxh3-128 of what was written for a block."""
-
 
 def fetch_into(claim: Claim, placement: RemotePlacement, blocks: range, target: FetchTarget, timeout_s: float) -> int:
     """Copy blocks to `target`; returns how many came before one was lost, or time ran out for a fail-open client.
@@ -140,6 +138,7 @@ class _Receiver:
         self._nbytes: int = placement.block_nbytes
         self._at = 0  # bytes of `block` that have come
         self._checksum = b""
+        self._hasher: Any = None
         self._is_cut = False
         self.block = blocks.start
         self.received_bytes = 0
@@ -180,13 +179,15 @@ class _Receiver:
             raise InternalError(f"the daemon sent byte {head.offset} of block {head.block} out of turn")
         if self._at + len(data) > self._nbytes:
             raise InternalError(f"the daemon sent more than the {self._nbytes} bytes of block {head.block}")
+        if not self._at:
+            self._checksum, self._hasher = head.checksum, xxhash.xxh3_128()
+        self._hasher.update(data)  # before the copy, which then finds the bytes in the cache
         self._target.write(head.block, self._at, data)
         self._at += len(data)
-        self._checksum = head.checksum or self._checksum
         if self._at == self._nbytes:
-            if self._checksum != self._target.digest(head.block):
+            if self._checksum and self._checksum != self._hasher.digest():
                 raise InternalError(f"block {head.block} differs from its checksum; what was read must not be used")
-            self._checksum, self._at = b"", 0
+            self._at = 0
             self.block += 1
             self.received_bytes += self._nbytes
             self._placement.note_ready(self.block)
