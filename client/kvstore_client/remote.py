@@ -30,7 +30,7 @@ from kvstore_client.storing import StorePipeline
 
 ACCESS_KEY = "kvstore-access-bin"
 _SERVICE = "/kvstore.v1.KVStore/"
-_NOTICE_S = 0.2  # how long a call that failed waits for the stream to say that the session is over
+_NOTICE_S = 0.05  # how long a call that failed waits for the stream to say that the session is over
 
 
 def open_session(options: Options, deadline_s: float) -> Session:

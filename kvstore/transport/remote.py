@@ -50,6 +50,7 @@ _SAN = "x509_subject_alternative_name"
 _TICK_S = 0.25
 _NAME_BYTES_MAX = 128
 _STOP_S = 5.0
+_STOP_POLL_S = 0.01
 _REFUSAL_EVERY_S = 1.0
 _NO_SHARED_MEMORY = "{} needs shared memory, which there is none of over TCP; use {}"
 
@@ -112,9 +113,12 @@ class RemoteServer:
     def stop(self, grace_s: float) -> None:
         """Refuse new calls, give those that run `grace_s`, end every session. Idempotent."""
         self._stopping.set()
+        until_s = time.monotonic() + grace_s
         ended = self._server.stop(grace_s)
+        while time.monotonic() < until_s and (len(self._calls) or len(self._streams)):
+            time.sleep(_STOP_POLL_S)
         self._sessions.close()  # ends the Hello streams, which would otherwise outlast any grace
-        ended.wait(grace_s + _STOP_S)
+        ended.wait(_STOP_S)
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._ticker.ident is not None:
             self._ticker.join(_STOP_S)

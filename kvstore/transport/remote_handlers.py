@@ -40,9 +40,9 @@ def data_methods(methods: Mapping[str, MethodSpec], sessions: RemoteSessions) ->
             session = sessions.of(view)
             groups = request.groups if isinstance(request, pb.AcquireRequest) else ()
             session.check_room(sum(len(group.keys) // KEY_BYTES for group in groups))
-            reply = spec.handle(request, view, deadline_s)
-            session.keep(cast("pb.LeaseReply", reply))
-            return reply
+            reply = cast("pb.LeaseReply", spec.handle(request, view, deadline_s))
+            session.keep(reply)
+            return _without_places(reply)
 
         return replace(spec, handle=handle)
 
@@ -72,6 +72,29 @@ def data_methods(methods: Mapping[str, MethodSpec], sessions: RemoteSessions) ->
     }
     kept = {name: spec for name, spec in methods.items() if name not in _LEFT_OUT}
     return {name: changed[name](spec) if name in changed else spec for name, spec in kept.items()}
+
+
+def _without_places(reply: pb.LeaseReply) -> pb.LeaseReply:
+    """What a remote worker is told of its lease: not where it lies, which also says how much others have stored."""
+    told = pb.LeaseReply(
+        lease_id=reply.lease_id,
+        tokens=reply.tokens,
+        ready=reply.ready,
+        withheld=reply.withheld,
+        withheld_reason=reply.withheld_reason,
+    )
+    for group in reply.groups:
+        told.groups.add(
+            first_block=group.first_block,
+            slab_ids=bytes(len(group.slab_ids)),
+            slots=bytes(len(group.slots)),
+            generations=bytes(len(group.generations)),
+            block_nbytes=group.block_nbytes,
+            namespace=group.namespace,
+            checksums=group.checksums,
+            lossy=group.lossy,
+        )
+    return told
 
 
 def admin_methods(
