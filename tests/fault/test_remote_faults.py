@@ -341,3 +341,29 @@ def test_a_byte_that_changed_on_its_way_is_noticed(start_remote: Start, monkeypa
     with space.acquire(keys) as lease, pytest.raises(InternalError, match="block 2 differs from its checksum"):
         lease.read_into(out)
     assert wrong(keys[:2], out) == []
+
+
+_FORKER = """
+import os, sys
+from kvstore_client import TLS, Client, InvalidRequest
+client = Client(sys.argv[1], tls=TLS(*sys.argv[2:5]))
+child = os.fork()
+if not child:
+    try:
+        client.ping()
+    except InvalidRequest as error:
+        os._exit(0 if "fork" in str(error) else 2)
+    os._exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+client.ping()
+print("the parent goes on", flush=True)
+"""
+
+
+def test_a_forked_child_cannot_use_the_client_and_the_parent_goes_on(start_remote: Start) -> None:
+    remote = start_remote()
+    tls = remote.certificates.tls("red")
+    files = [str(tls.ca), str(tls.certificate), str(tls.key)]
+    command = [sys.executable, "-c", _FORKER, f"tcp://{remote.target}", *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "the parent goes on\n"), done.stderr

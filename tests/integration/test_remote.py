@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -230,6 +233,8 @@ def test_a_certificate_of_another_authority_gets_no_connection(remote: Remote) -
     with pytest.raises(Unavailable):
         Client(f"tcp://{remote.target}", tls=remote.certificates.tls("red", foreign=True), name="never in")
     assert "never in" not in remote.daemon.log()
+    remote.client(name="once in").ping()
+    assert "once in" in remote.daemon.log()
 
 
 def test_a_daemon_of_another_authority_is_not_trusted(remote: Remote) -> None:
@@ -574,3 +579,52 @@ def changed(put: pb.PutRequest, **fields: Any) -> pb.PutRequest:
     for name, value in fields.items():
         setattr(made, name, value)
     return made
+
+
+# The daemon itself
+
+
+@pytest.mark.parametrize(
+    ("host", "settings", "code", "message"),
+    [
+        ("127.0.0.1", "", 2, "a TCP listener needs to know its clients, on loopback too"),
+        ("0.0.0.0", "token", 2, "tokens would cross the network in the clear"),
+        ("127.0.0.1", "short token", 2, "holds 31 bytes; a token has 32"),
+        ("127.0.0.1", "taken", 1, "could not listen on 127.0.0.1"),
+        ("127.0.0.1", "no key", 1, "could not listen on 127.0.0.1"),
+    ],
+)
+def test_a_listener_that_cannot_be_ends_the_start(
+    tmp_path: Path, certificates: Certificates, host: str, settings: str, code: int, message: str
+) -> None:
+    lines = [f'state_dir = "{tmp_path}/s"', f'socket = "{tmp_path}/k"', 'warm_bytes = "64MiB"', "cold_bytes = 0"]
+    token = tmp_path / "token"
+    token.touch(mode=0o600)
+    token.write_text("t" * (31 if settings == "short token" else 32))
+    if settings in ("token", "short token", "taken"):
+        lines.append(f'tenants.red.token_file = "{token}"')
+    if settings == "no key":
+        (tmp_path / "key").touch(mode=0o600)
+        (tmp_path / "key").write_text("-----BEGIN PRIVATE KEY-----\nbm90aGluZw==\n-----END PRIVATE KEY-----\n")
+        wanted = {**certificates.settings(), "tls_key": str(tmp_path / "key")}
+        lines += [f'{key} = "{wanted[key]}"' for key in ("tls_certificate", "tls_key", "tls_client_ca")]
+        lines.append('tenants.red.sans = ["red"]')
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        port = held.getsockname()[1] if settings == "taken" else 0
+        (tmp_path / "c.toml").write_text("\n".join([*lines, f'listen = "{host}:{port}"']))
+        command = [sys.executable, "-m", "kvstore.cli.kvstored", "--config", str(tmp_path / "c.toml")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "k").exists()
+
+
+def test_the_listener_can_be_a_flag(start_remote: Start) -> None:
+    remote = start_remote()
+    config = str(remote.daemon.folder / "kvstored.toml")
+    command = [sys.executable, "-m", "kvstore.cli.kvstored", "--config", config, "--listen", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "--listen: 'nowhere' is not HOST:PORT" in done.stderr) == (2, True)
