@@ -106,12 +106,13 @@ class ByteStreams:
     ) -> tuple[int, int]:
         """(index after the readable blocks, lost), once `block` is readable or lost."""
         ready, lost = self._engine.wait(session.view, request.lease_id, request.stop, 0.0)
-        while ready <= block and not lost:
+        while ready <= block and not 0 < lost <= block + 1:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 raise DeadlineExceeded(f"block {block} was not loaded in time")
             if session.ended.is_set() or not stream.context.is_active():
                 raise LeaseExpired("the session has ended, or the client takes no more")
+            # No further than this block: beside one that is lost the engine does not wait for others.
             ready, lost = self._engine.wait(session.view, request.lease_id, block + 1, min(left_s, _WAIT_SLICE_S))
         return ready, lost
 
