@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from kvstore.protocol.errors import InvalidRequest
 
 TCP_PREFIX = "tcp://"
+_LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]", re.ASCII)
 _HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):\d{1,5}", re.ASCII)
 ADDRESS_VARIABLE = "KVSTORE_ADDRESS"
 ATTACH_SUFFIX = ".attach"
@@ -70,11 +70,7 @@ class Address:
     @property
     def is_loopback(self) -> bool:
         """Whether it is reached without leaving this machine."""
-        host = self.target.rpartition(":")[0].strip("[]")
-        try:
-            return not self.target or ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            return host == "localhost"
+        return not self.target or _LOOPBACK.fullmatch(self.target.rpartition(":")[0]) is not None
 
     @property
     def attach_path(self) -> str:

@@ -39,6 +39,8 @@ TOKEN = "t" * 32
         ("tcp://[::1]:65535", "[::1]:65535", True),
         ("tcp://10.0.0.1:7400", "10.0.0.1:7400", False),
         ("tcp://kv.example:7400", "kv.example:7400", False),
+        ("tcp://127.0.0.1.example:7400", "127.0.0.1.example:7400", False),
+        ("tcp://127.example:7400", "127.example:7400", False),
     ],
 )
 def test_addresses_over_tcp(given: str, target: str, loops: bool) -> None:
