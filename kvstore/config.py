@@ -35,7 +35,7 @@ from __future__ import annotations
 import os
 import stat
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,7 +45,16 @@ from kvstore.remote_access import describe_remote, load_remote_access
 from kvstore.settings import COLD_BYTES_MIN, WARM_BYTES_MIN, ConfigError, Settings, Tenant
 from kvstore.sizes import GIB, MIB, format_size
 
-__all__ = ["Config", "ConfigError", "Tenant", "child_environment", "default_addresses", "load", "prepare_state_dir"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Tenant",
+    "child_environment",
+    "default_addresses",
+    "load",
+    "prepare_state_dir",
+    "quiet_grpc",
+]
 
 DEFAULT_TENANT = "default"
 SOCKET_NAME = "kvstore.sock"
@@ -201,6 +210,14 @@ def default_addresses(environ: Mapping[str, str] = os.environ) -> list[str]:
     """Where a daemon is looked for: `$KVSTORE_ADDRESS` alone, else the user's runtime folder, then /run."""
     named = environ.get("KVSTORE_ADDRESS")
     return [named] if named else [f"unix:{folder / SOCKET_NAME}" for folder in _runtime_folders(environ)]
+
+
+def quiet_grpc(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have gRPC log errors only, unless GRPC_VERBOSITY says otherwise; before it is imported.
+
+    It writes a line for every handshake that fails, so that anybody who reaches a port could fill the log.
+    """
+    environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 def child_environment(changes: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import click
 
-from kvstore.config import Config, ConfigError, load, prepare_state_dir
+from kvstore.config import Config, ConfigError, load, prepare_state_dir, quiet_grpc
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
@@ -64,6 +64,7 @@ def main(context: click.Context, /, config_file: str | None, **flags: str | None
 
 
 def _run(config: Config) -> int:
+    quiet_grpc()
     from kvstore import app  # numpy and grpc: not for --help, nor for a typing error
 
     try:

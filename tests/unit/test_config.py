@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvstore import config as config_module
-from kvstore.config import Config, ConfigError, default_addresses, load, prepare_state_dir
+from kvstore.config import Config, ConfigError, default_addresses, load, prepare_state_dir, quiet_grpc
 from kvstore.machine import Machine
 
 GIB = 1 << 30
@@ -51,6 +51,15 @@ def settle(tmp_path: Path, disk: dict[str, int]) -> Settle:
         return load(flags, path, environ={}, machine=machine or FakeMachine())
 
     return call
+
+
+def test_grpc_logs_errors_only_unless_it_is_told_otherwise() -> None:
+    environ: dict[str, str] = {}
+    quiet_grpc(environ)
+    assert environ == {"GRPC_VERBOSITY": "ERROR"}
+    asked = {"GRPC_VERBOSITY": "DEBUG"}
+    quiet_grpc(asked)
+    assert asked == {"GRPC_VERBOSITY": "DEBUG"}
 
 
 # Where values come from
