@@ -55,6 +55,11 @@ class RemoteAccess:
         """HOST:PORT as asked for."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
+    @property
+    def tenants(self) -> set[str]:
+        """Whose workers may come in."""
+        return {identity.tenant for identity in (*self.sans.values(), *(identity for _, identity in self.tokens))}
+
     def by_certificate(self, names: Iterable[bytes]) -> Identity:
         """Whose certificate has these subject alternative names.
 

@@ -128,9 +128,11 @@ def _alternate(
 ) -> Result:
     taken: tuple[list[float], list[float]] = ([], [])
     memcpy_s = []
+    turns = list(zip(pair, taken, strict=True))
     for counted in (False, *[True] * scale.rounds):
         memcpy_s.append(working.memcpy_seconds())
-        for read, seconds in zip(pair, taken, strict=True):
+        turns.reverse()  # neither is always the first
+        for read, seconds in turns:
             working.out[:] = 0
             started = time.perf_counter()
             read()

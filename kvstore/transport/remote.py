@@ -70,7 +70,8 @@ class RemoteServer:
         self._handlers = handlers
         self._config = config
         self._access = access
-        self._sessions = RemoteSessions(engine, limits.remote_sessions, config.lease_ttl_s)
+        tenant_max = limits.remote_sessions * 3 // 4 if len(access.tenants) > 1 else limits.remote_sessions
+        self._sessions = RemoteSessions(engine, limits.remote_sessions, tenant_max, config.lease_ttl_s)
         self._views = SlabViews(engine)
         self._bytes = ByteStreams(engine, self._sessions, self._views)
         self._streams = Streams(limits.remote_streams, limits.streams_per_session, limits.send_timeout_s)

@@ -95,9 +95,10 @@ class RemoteSession:
 class RemoteSessions:
     """All sessions over TCP. Any thread may use it."""
 
-    def __init__(self, engine: DataEngine, sessions_max: int, ttl_s: float) -> None:
+    def __init__(self, engine: DataEngine, sessions_max: int, tenant_max: int, ttl_s: float) -> None:
         self._engine = engine
         self._sessions_max = sessions_max
+        self._tenant_max = tenant_max
         self._ttl_s = ttl_s
         self._lock = threading.Lock()
         self._by_token: dict[bytes, RemoteSession] = {}
@@ -121,6 +122,9 @@ class RemoteSessions:
                 raise QuotaExceeded(
                     f"{self._sessions_max} sessions are open over TCP, which is the limit; end one first"
                 )
+            mine = sum(1 for other in self._by_id.values() if other.identity.tenant == identity.tenant)
+            if mine >= self._tenant_max:
+                raise QuotaExceeded(f"this tenant has {mine} sessions over TCP, which is its share; end one first")
             view = self._engine.open_session(Peer(0, _NOBODY, _NOBODY), f"{name} ({where})", identity.tenant)
             session = RemoteSession(view, identity, time.monotonic())
             self._by_token[view.token] = self._by_id[view.id] = session

@@ -77,6 +77,7 @@ def test_tokens_on_loopback_need_no_tls_and_do_not_show(files: Files) -> None:
     assert access.by_token(RED.encode()) == Identity("red.token_file", "red")
     assert access.by_token(b"o" * 64) == Identity("red.admin_token_file", "red", is_admin=True)
     assert access.by_token(BLUE.encode()).tenant == "blue"
+    assert access.tenants == {"red", "blue"}
     assert describe_remote(access) == ["listens on tcp 127.0.0.1:7400: no TLS (loopback), 3 tokens"]
     assert RED not in repr(access)
 

@@ -111,7 +111,7 @@ def opened(sessions: RemoteSessions, identity: Identity = RED) -> RemoteSession:
 
 
 def test_a_session_is_found_by_its_token_and_its_own_identity(engine: FakeEngine) -> None:
-    sessions = RemoteSessions(engine, 2, 30.0)
+    sessions = RemoteSessions(engine, 2, 2, 30.0)
     session = opened(sessions)
     token = session.view.token.hex()
     assert sessions.find(token, RED) is session
@@ -128,7 +128,7 @@ def test_a_session_is_found_by_its_token_and_its_own_identity(engine: FakeEngine
 
 
 def test_sessions_have_a_limit_and_an_end(engine: FakeEngine) -> None:
-    sessions = RemoteSessions(engine, 2, 30.0)
+    sessions = RemoteSessions(engine, 2, 2, 30.0)
     first, _ = opened(sessions), opened(sessions)
     with pytest.raises(QuotaExceeded, match="2 sessions are open"):
         opened(sessions)
@@ -147,8 +147,18 @@ def test_sessions_have_a_limit_and_an_end(engine: FakeEngine) -> None:
         opened(sessions)
 
 
+def test_a_tenant_has_a_share_of_the_sessions(engine: FakeEngine) -> None:
+    sessions = RemoteSessions(engine, 4, 3, 30.0)
+    mine = [opened(sessions) for _ in range(3)]
+    with pytest.raises(QuotaExceeded, match="this tenant has 3 sessions over TCP"):
+        opened(sessions, Identity("another name", "red"))
+    opened(sessions, Identity("blue", "blue"))
+    sessions.end(mine[0], "test")
+    opened(sessions)
+
+
 def test_the_silent_are_ended_and_the_others_not(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    sessions = RemoteSessions(engine, 2, 30.0)
+    sessions = RemoteSessions(engine, 2, 2, 30.0)
     silent, lively = opened(sessions), opened(sessions)
     now_s = time.monotonic()
     monkeypatch.setattr(remote_sessions.time, "monotonic", lambda: now_s + 20)
@@ -159,7 +169,7 @@ def test_the_silent_are_ended_and_the_others_not(engine: FakeEngine, monkeypatch
 
 
 def test_leases_of_a_session_are_bounded(engine: FakeEngine) -> None:
-    session = opened(RemoteSessions(engine, 1, 30.0))
+    session = opened(RemoteSessions(engine, 1, 1, 30.0))
     session.keep(pb.LeaseReply())
     assert not session.leases, "no lease, nothing to keep"
     session.keep(pb.LeaseReply(lease_id=7, groups=[pb.LeaseGroup(slots=bytes(400))]))
