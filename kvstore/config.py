@@ -15,6 +15,19 @@ uids = [1001]
 gids = [1001]
 warm_bytes = "4GiB"
 ```
+
+For workers on other hosts, whose certificate's names say whose they are (or token_file instead, see SECURITY.md):
+
+```toml
+listen = "0.0.0.0:7400"
+tls_certificate = "/etc/kvstore/server.pem"
+tls_key = "/etc/kvstore/server.key"
+tls_client_ca = "/etc/kvstore/clients.pem"
+
+[tenants.search]
+sans = ["spiffe://example/search"]
+admin_sans = ["spiffe://example/search-operator"]
+```
 """
 
 from __future__ import annotations
@@ -22,11 +35,13 @@ from __future__ import annotations
 import os
 import stat
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kvstore.access import RemoteAccess
 from kvstore.machine import Machine, disk_used_bytes, free_disk_bytes
+from kvstore.remote_access import describe_remote, load_remote_access
 from kvstore.settings import COLD_BYTES_MIN, WARM_BYTES_MIN, ConfigError, Settings, Tenant
 from kvstore.sizes import GIB, MIB, Share, format_size
 
@@ -39,6 +54,7 @@ __all__ = [
     "device_environment",
     "load",
     "prepare_state_dir",
+    "quiet_grpc",
 ]
 
 DEFAULT_TENANT = "default"
@@ -97,6 +113,7 @@ class Config:
     cold_daily_bytes: int
     tenants: tuple[Tenant, ...]
     notes: tuple[str, ...] = ()
+    remote: RemoteAccess | None = None
 
     @property
     def attach_socket(self) -> Path:
@@ -141,6 +158,7 @@ class Config:
             f"a lease ends {self.lease_ttl_s:g} s after its session's last sign of life; an agent that does not answer "
             f"for {self.agent_timeout_s:g} s is replaced",
             *(_describe_tenant(tenant) for tenant in self.tenants),
+            *describe_remote(self.remote),
             *self.notes,
         ]
 
@@ -197,6 +215,14 @@ def default_addresses(environ: Mapping[str, str] = os.environ) -> list[str]:
     """Where a daemon is looked for: `$KVSTORE_ADDRESS` alone, else the user's runtime folder, then /run."""
     named = environ.get("KVSTORE_ADDRESS")
     return [named] if named else [f"unix:{folder / SOCKET_NAME}" for folder in _runtime_folders(environ)]
+
+
+def quiet_grpc(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have gRPC log errors only, unless GRPC_VERBOSITY says otherwise; before it is imported.
+
+    It writes a line for every handshake that fails, so that anybody who reaches a port could fill the log.
+    """
+    environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 def child_environment(changes: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -278,6 +304,7 @@ class _Settling:
             cold_daily_bytes=asked.cold_daily_bytes or 0,
             tenants=self._tenants(warm_bytes, cold_bytes),
             notes=tuple(self._notes),
+            remote=load_remote_access(asked, asked.tenants or ()),
         )
         _check_socket(config)
         return config
