@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fuzz_target import SETTINGS, Target, running
+from fuzz_target import Target, running
 
 _sent: Counter[tuple[str, str, int]] = Counter()
 
@@ -15,7 +15,7 @@ _sent: Counter[tuple[str, str, int]] = Counter()
 @pytest.fixture(scope="session")
 def target() -> Iterator[Target]:
     """One for the whole run: what an earlier test did to it is part of the fuzz."""
-    with running(**SETTINGS) as made:
+    with running() as made:
         yield made
         _sent.update(made.codes)
 

@@ -120,7 +120,8 @@ def payloads(descriptor: Descriptor, known: Known) -> st.SearchStrategy[bytes]:
     doubled = st.tuples(right, careless).map(b"".join)
     junk = st.binary(max_size=80)
     large = st.tuples(junk, st.integers(0, 3000)).map(lambda both: both[0] * both[1])
-    return st.one_of(right, likely, careless, right, likely, careless, doubled, torn, junk, large)
+    usual = (right, right, right, right, likely, likely, careless, careless)
+    return st.one_of(*usual, doubled, torn, junk, large)
 
 
 def message(descriptor: Descriptor, known: Known, care: Care, depth: int = 0) -> st.SearchStrategy[bytes]:
