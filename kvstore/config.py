@@ -299,7 +299,7 @@ class _Settling:
         try:
             free = free_disk_bytes(state_dir) + disk_used_bytes(state_dir)
         except OSError as error:  # of a name that no file system takes, for one
-            raise ConfigError(f"state directory {str(state_dir):.200} cannot be used: {error.strerror}") from error
+            raise ConfigError(f"state directory {state_dir!s:.200} cannot be used: {error.strerror}") from error
         asked = self._asked.cold_bytes
         if asked is None:
             size = min(_COLD_DEFAULT_MAX, free // _SHARE // MIB * MIB)
