@@ -44,7 +44,7 @@ def test_garbage_from_agents_is_never_a_wrong_byte(tmp_path: Path) -> None:
             space = namespace(daemon.client(staging_bytes=4 << 20), "garbled")
             work(daemon, space, agents)
             agents.cure()
-            is_well(daemon, space)
+            check_well(daemon, space)
             daemon.close()
         finally:
             daemon.abandon()
@@ -69,7 +69,7 @@ def work(daemon: DaemonProcess, space: Namespace, agents: GarblingAgents) -> Non
     assert sum(tier.restarts for tier in daemon.stats().tiers), "no agent was replaced"
 
 
-def is_well(daemon: DaemonProcess, space: Namespace) -> None:
+def check_well(daemon: DaemonProcess, space: Namespace) -> None:
     """Everything works again, and nothing was left half done."""
     keys = chain(space, BLOCKS, ROUNDS_MAX)
     assert space.put(keys, contents(keys), timeout_s=WAIT_S) == [STORED] * BLOCKS

@@ -47,12 +47,12 @@ pieces = st.lists(st.tuples(st.integers(1, 80), st.integers(0, 3)), max_size=5) 
 def idle(target: Target) -> Iterator[Target]:
     """The target, and what the tests' connections took of it must be given back."""
     daemon = psutil.Process(target.daemon.pid)
-    target.idle()
+    target.check_idle()
     files, threads = open_files(daemon.pid), daemon.num_threads()
     yield target
-    target.idle()
-    target.alive()
-    target.whole()
+    target.check_idle()
+    target.check_alive()
+    target.check_whole()
     eventually(lambda: open_files(daemon.pid) <= files, f"the {files} descriptors of before")
     eventually(lambda: daemon.num_threads() <= threads + 2, "the threads of the sessions to end")
 
@@ -167,7 +167,7 @@ def test_sessions_that_stop_in_the_middle_of_a_frame(idle: Target) -> None:
             header = HEADER.pack(1 << 16, 5, Method.PUT, 0, 0)
             for byte in header:
                 socket.send_fds(session.frames.sock, [bytes([byte])], [null] * 200)
-        idle.whole()
+        idle.check_whole()
         assert open_files(daemon.pid) <= files, "descriptors that nobody asked for are dropped by the kernel"
     finally:
         os.close(null)

@@ -47,7 +47,7 @@ def stored(number: int) -> tuple[bytes, TierItem]:
 FRAMES = [stored(number) for number in range(len(LAYOUTS))]
 
 
-def decode(frame: bytes, item: TierItem) -> None:
+def check_decode(frame: bytes, item: TierItem) -> None:
     """Decode as the cold tier does: damaged, of another build, or the bytes that the checksum is of."""
     for codec_format in FORMATS:
         out = np.zeros(item.range.nbytes, np.uint8)
@@ -100,7 +100,7 @@ SIZES = tuple(len(frame) for frame, _ in FRAMES)
 @given(st.binary(max_size=600), st.integers(0, len(LAYOUTS) - 1), st.booleans())
 def test_random_bytes_are_no_frame(junk: bytes, number: int, begins_well: bool) -> None:
     frame, item = FRAMES[number]
-    decode(frame[:12] + junk if begins_well else junk, item)
+    check_decode(frame[:12] + junk if begins_well else junk, item)
     assert not np.array_equal(np.frombuffer(junk, np.uint8), np.frombuffer(frame, np.uint8))
 
 
@@ -126,7 +126,7 @@ def test_damage_is_found(wrong: tuple[int, list[tuple[int, bytes]], int]) -> Non
 def test_absurd_numbers_behind_good_hashes(wrong: tuple[int, list[tuple[int, bytes]], int]) -> None:
     """What the hashes cannot tell, as of a frame that somebody made on purpose, the parser does, or the checksum."""
     frame, item = FRAMES[wrong[0]]
-    decode(sealed(damaged(frame, *wrong[1:])), item)
+    check_decode(sealed(damaged(frame, *wrong[1:])), item)
 
 
 @fuzzing(300, "records")

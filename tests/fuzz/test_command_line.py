@@ -120,7 +120,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def kvctl(given_arguments: list[str]) -> Result:
+def check_kvctl(given_arguments: list[str]) -> Result:
     """Run it and see that it ends as it says it does."""
     result = CliRunner().invoke(main, given_arguments, env={"KVSTORE_ADDRESS": "unix:/nowhere/k.sock"})
     assert result.exception is None or isinstance(result.exception, SystemExit), f"{result.exception!r}"
@@ -136,7 +136,7 @@ def test_any_arguments(here: Path) -> None:
     @fuzzing(200, "arguments")
     @given(st.sampled_from(VERBS), arguments, st.booleans())
     def ends_in_order(verb: str, rest: list[str], first: bool) -> None:
-        kvctl([*rest, verb] if first else [verb, *rest])
+        check_kvctl([*rest, verb] if first else [verb, *rest])
 
     ends_in_order()
     assert not list(here.iterdir()), "no verb that reached nobody leaves a file"
@@ -150,7 +150,7 @@ def test_any_trace(here: Path) -> None:
     @given(files, questions)
     def is_replayed_or_refused(content: bytes, question: list[str]) -> None:
         file.write_bytes(content)
-        result = kvctl(["replay", str(file), *question, "--json"])
+        result = check_kvctl(["replay", str(file), *question, "--json"])
         if result.exit_code == 0:
             assert 0 <= json.loads(result.stdout).get("block_hit_ratio", 0) <= 1
 
@@ -161,11 +161,11 @@ def test_any_trace(here: Path) -> None:
 def test_hostile_traces(here: Path, name: str) -> None:
     file = here / "trace.jsonl"
     file.write_bytes(HOSTILE[name])
-    kvctl(["replay", str(file), "--tiers", "warm=4", "--block-tokens", "1"])
+    check_kvctl(["replay", str(file), "--tiers", "warm=4", "--block-tokens", "1"])
 
 
 def test_the_harness_finds_a_traceback(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traces, "_parse", lambda line: 1 // 0)
     (here / "trace.jsonl").write_bytes(b"{}")
     with pytest.raises(AssertionError, match="ZeroDivisionError"):
-        kvctl(["replay", "trace.jsonl", "--tiers", "warm=4"])
+        check_kvctl(["replay", "trace.jsonl", "--tiers", "warm=4"])

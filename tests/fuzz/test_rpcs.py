@@ -50,10 +50,10 @@ def fuzz(target: Target, peer: FuzzPeer, rpc: Rpc, examples: int = EXAMPLES) -> 
 def test_any_message_of_an_operator(target: Target, call: tuple[str, Rpc]) -> None:
     transport, rpc = call
     fuzz(target, target.peer(transport, staging_bytes=staging_for(rpc)), rpc)
-    target.alive()
-    target.whole(may_be_gone=rpc.name in DROPS)
+    target.check_alive()
+    target.check_whole(may_be_gone=rpc.name in DROPS)
     if rpc.name not in LASTS:
-        target.idle()
+        target.check_idle()
     target.store()
 
 
@@ -63,10 +63,10 @@ def test_any_message_of_another_tenant(target: Target, call: tuple[str, Rpc]) ->
     """It knows digests, keys and leases of the first one, and changes nothing of it."""
     transport, rpc = call
     fuzz(target, target.peer(transport, OTHER_UID, staging_for(rpc)), rpc)
-    target.alive()
-    target.whole()
+    target.check_alive()
+    target.check_whole()
     if rpc.name not in LASTS:
-        target.idle()
+        target.check_idle()
 
 
 def test_any_drain_of_an_operator() -> None:
@@ -74,9 +74,9 @@ def test_any_drain_of_an_operator() -> None:
     (drain,) = (rpc for rpc in ADMIN if rpc.name in FOR_GOOD)
     with running() as target:
         fuzz(target, target.peer("grpc"), drain)
-        target.alive()
-        target.whole()
-        target.idle()
+        target.check_alive()
+        target.check_whole()
+        target.check_idle()
         assert target.daemon.stats().health == "draining"
 
 
@@ -91,9 +91,9 @@ def test_the_harness_finds(tmp_path: Path, defect: str) -> None:
         peer = target.peer("frames", OTHER_UID if rpc.name == "Delete" else None)
         with pytest.raises(AssertionError, match=DEFECTS[defect].found):
             fuzz(target, peer, rpc, 2 * EXAMPLES)
-            target.alive()
-            target.whole()
-            target.idle(timeout_s=3)
+            target.check_alive()
+            target.check_whole()
+            target.check_idle(timeout_s=3)
 
 
 @pytest.mark.parametrize(

@@ -127,18 +127,18 @@ class Target:
 
     # -- what must hold
 
-    def alive(self) -> None:
+    def check_alive(self) -> None:
         """The daemon runs, and has not taken more memory than it declares."""
         peak = peak_bytes(self.daemon.pid)
         assert peak <= self._cap_bytes, f"{peak >> 20} MiB were resident, {self._cap_bytes >> 20} MiB are declared"
 
-    def whole(self, *, may_be_gone: bool = False) -> None:
+    def check_whole(self, *, may_be_gone: bool = False) -> None:
         """What was stored reads back byte for byte; `may_be_gone`: or is missing, because an operator dropped it."""
         count, bad = fetch(self.kept, self.keys)
         assert not bad, f"wrong bytes in blocks {bad}"
         assert count == BLOCKS or may_be_gone, f"{count} of {BLOCKS} blocks are left"
 
-    def idle(self, timeout_s: float = PATIENCE_S) -> None:
+    def check_idle(self, timeout_s: float = PATIENCE_S) -> None:
         """Sessions, leases, staging and half-filled slots are back to what they were before the peers came."""
         eventually(self._is_idle, "a daemon that holds nothing for a peer any more", timeout_s)
 
