@@ -10,7 +10,7 @@ from hypothesis import given
 
 from broken_daemon import DEFECTS, broken
 from fuzz_messages import Rpc, fuzzing, payloads, rpcs
-from fuzz_target import OTHER_UID, FuzzPeer, Target, check_answer, running
+from fuzz_target import OTHER_UID, FuzzPeer, Holder, Target, check_answer, running
 from kvstore.v1 import admin_pb2, kvstore_pb2
 
 DATA, ADMIN = rpcs(kvstore_pb2, "KVStore"), rpcs(admin_pb2, "Admin")
@@ -31,14 +31,16 @@ def staging_for(rpc: Rpc) -> int:
     return 0 if rpc.name == "OpenSession" else 1 << 20  # a session gets its staging once
 
 
-def fuzz(target: Target, peer: FuzzPeer, rpc: Rpc, examples: int = EXAMPLES) -> None:
+def fuzz(target: Target, peer: FuzzPeer, rpc: Rpc, examples: int = EXAMPLES, holder: Holder | None = None) -> None:
     """Send what the strategies make; each answer is checked by the peer."""
-    messages = payloads(rpc.request, target.known(peer))
+    messages = payloads(rpc.request, target.known(peer, holder))
 
     @fuzzing(examples, f"{peer.transport} {peer.tenant} {rpc.name}")
     @given(messages)
     def send(payload: bytes) -> None:
         peer.send(rpc, payload)
+        if holder is not None:
+            holder.renew()
 
     try:
         send()
@@ -62,7 +64,8 @@ def test_any_message_of_an_operator(target: Target, call: tuple[str, Rpc]) -> No
 def test_any_message_of_another_tenant(target: Target, call: tuple[str, Rpc]) -> None:
     """It knows digests, keys and leases of the first one, and changes nothing of it."""
     transport, rpc = call
-    fuzz(target, target.peer(transport, OTHER_UID, staging_for(rpc)), rpc)
+    with target.holder() as holder:
+        fuzz(target, target.peer(transport, OTHER_UID, staging_for(rpc)), rpc, holder=holder)
     target.check_alive()
     target.check_whole()
     if rpc.name not in LASTS:

@@ -43,6 +43,7 @@ _TEXTS = (
     b"x" * 70_000,
 )
 _DEPTH_MAX = 3
+_MANY_BYTES_MAX = 1 << 20
 
 
 class Rpc(NamedTuple):
@@ -144,7 +145,7 @@ def _field(field: FieldDescriptor, known: Known, care: Care, depth: int) -> st.S
     few = st.lists(one, max_size=3).map(b"".join)
     if care == Care.LIKELY:
         return st.one_of(one, few)
-    many = st.tuples(one, st.sampled_from((64, 65, 251, 5000))).map(lambda both: both[0] * both[1])
+    many = st.tuples(one, st.sampled_from((64, 65, 251, 5000))).map(lambda both: _times(*both))
     packed = st.binary(max_size=20).map(lambda raw: sized(field.number, raw))
     return st.one_of(one, few, many, packed)
 
@@ -187,6 +188,11 @@ def _mixed(field: FieldDescriptor, known: Known, others: st.SearchStrategy[Any],
         Care.LIKELY: st.one_of(good, good, good, good, others),
         Care.NONE: st.one_of(good, others),
     }[care]
+
+
+def _times(part: bytes, count: int) -> bytes:
+    """So many of a part, unless they are too large: there may be many of what it is a part of, too."""
+    return part * max(1, min(count, _MANY_BYTES_MAX // max(1, len(part))))
 
 
 def _unknown_field() -> st.SearchStrategy[bytes]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -19,7 +19,7 @@ from derived import BLOCK_NBYTES, chain, contents, fetch, layout_of, namespace
 from fuzz_messages import Known, Rpc, varint
 from kvstore.protocol import convert
 from kvstore.protocol.errors import from_code
-from kvstore.protocol.frames import Method
+from kvstore.protocol.frames import MAX_PAYLOAD_BYTES, Method
 from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.v1 import admin_pb2
 from kvstore.v1 import kvstore_pb2 as pb
@@ -78,7 +78,19 @@ class Target:
         """A session that sends anything; of another user if told so."""
         return FuzzPeer(self, transport, uid, staging_bytes)
 
-    def known(self, peer: FuzzPeer) -> Known:
+    @contextlib.contextmanager
+    def holder(self) -> Iterator[Holder]:
+        """A session of `here` with a lease and an offer, which must be there afterwards."""
+        with RawSession(self.daemon.address) as session:
+            group = pb.AcquireGroup(namespace=self.kept.digest, keys=bytes(self.keys))
+            ids = [session.call("Acquire", pb.AcquireRequest(groups=[group])).lease_id for _ in range(2)]
+            token = session.call("Handoff", pb.HandoffRequest(lease_id=ids[1])).token
+            holder = Holder(session, ids[0], token)
+            yield holder
+            assert holder.renew() == 2, "a lease of another's has gone"
+            assert session.call("Adopt", pb.AdoptRequest(token=token)).lease_id == ids[1]
+
+    def known(self, peer: FuzzPeer, holder: Holder | None = None) -> Known:
         """What a request of the peer can name: its own things, and those of `here`."""
         here = peer.tenant == "here"
         spaces = [peer.space] * (3 if here else 1) + [self.kept.digest]  # what is another's is known to it, too
@@ -94,8 +106,8 @@ class Target:
             "staging_offset": [0, 0, BLOCK_NBYTES],
             "staging_stride": [0, 0, BLOCK_NBYTES],
             "staging_bytes": [0, 1 << 20, (1 << 64) - 1],
-            "lease_id": [_LEASE],
-            "token": [_TOKEN],
+            "lease_id": [_LEASE, *([holder.lease] if holder else [])],
+            "token": [_TOKEN, *([holder.token] if holder else [])],
             "stop": [0, 1, BLOCKS, (1 << 64) - 1],
             "upto": [0, 1, BLOCKS, (1 << 64) - 1],
             "slab_ids": [0, 1, 2, 3, 4],
@@ -153,6 +165,18 @@ class Target:
         self._client.close()
 
 
+class Holder(NamedTuple):
+    """Who has a lease, and another one that is offered under a token."""
+
+    session: RawSession
+    lease: int
+    token: bytes
+
+    def renew(self) -> int:
+        """A sign of life; how many leases there are."""
+        return int(self.session.call("Renew", pb.RenewRequest()).leases)
+
+
 class FuzzPeer:
     """One session without a client library, with some blocks of its own."""
 
@@ -206,7 +230,7 @@ class FuzzPeer:
 
     def _ask_frame(self, rpc: Rpc, payload: bytes) -> tuple[int, bytes]:
         frames, method = self.session.frames, FRAME_METHODS[rpc.name]
-        frames.send(7, method, payload, deadline_ms=_DEADLINE_MS)
+        frames.send(7, method, payload[:MAX_PAYLOAD_BYTES], deadline_ms=_DEADLINE_MS)
         answer = frames.recv(PATIENCE_S)
         for fd in frames.take_fds(1000):
             os.close(fd)
