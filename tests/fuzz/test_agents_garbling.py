@@ -82,9 +82,9 @@ def check_well(daemon: DaemonProcess, space: Namespace) -> None:
 
     eventually(all_verbs_work, "sane agents")
     assert fetch(space, keys) == (BLOCKS, [])
-    stats = daemon.stats()
-    assert (stats.counters["slots_filling"], stats.leases) == (0, 0)
-    assert {tier.state for tier in stats.tiers} == {"ok"}
+    eventually(lambda: daemon.stats().counters["slots_filling"] == 0, "no slot to be left half filled")
+    eventually(lambda: daemon.stats().leases == 0, "no lease to be left")
+    assert {tier.state for tier in daemon.stats().tiers} == {"ok"}
     assert daemon.ask("Verify", admin_pb2.VerifyRequest(tier=types_pb2.TIER_COLD)).corrupt == 0
 
 

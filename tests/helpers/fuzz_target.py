@@ -37,7 +37,7 @@ SLACK_BYTES = 160 << 20
 DOCUMENTED = frozenset({0, 3, 4, 5, 7, 8, 9, 12, 14, 16})  # docs/protocol.md, less InternalError
 _INSIDES = re.compile(r"Traceback|File \"|\.py\b|/tmp/|/home/|/usr/|/var/|site-packages|0x[0-9a-f]{8,}")
 _DEADLINE_MS = 300
-_GRPC_S = 1.0
+_GRPC_S = 0.5
 # What stands in a payload for a lease and for a token that the peer has when it is sent.
 _LEASE = (1 << 40) - 3
 _TOKEN = b"a handed-off one"
