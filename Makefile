@@ -11,6 +11,7 @@ MINUTES ?= 30
 SEED ?=
 SEEDS ?= 1..100
 STEPS ?= 10000
+EXAMPLES ?= 1000
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Twice quiet: only errors. What a machine is told of its own package sources belongs to nobody here.
@@ -18,11 +19,11 @@ install := $(BIN)/python -m pip install --quiet --quiet --constraint constraints
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test fast check coverage simulate chaos soak format proto bench gpu-check clean distclean
+.PHONY: help demo test fast check coverage simulate fuzz chaos soak format proto bench gpu-check clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo '  Variables: PYTHON (3.11 or later), PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, SEEDS, STEPS, KILLS, MINUTES, SEED'
+	@echo '  Variables: PYTHON (3.11 or later), PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, SEEDS, STEPS, EXAMPLES, KILLS, MINUTES, SEED'
 
 demo: $(VENV)/.demo ## Serve a prompt's prefix from the cache, and show what it saves
 	$(BIN)/python -m ops.demo $(DEMO_ARGS)
@@ -37,6 +38,10 @@ fast: $(VENV)/.dev ## Run the tests that start no daemon, on two cores
 
 simulate: $(VENV)/.dev ## Run seeds SEEDS=a..b of the simulated daemon, STEPS=n steps each
 	$(BIN)/python -m tests.simulation --seeds $(SEEDS) --steps $(STEPS)
+
+# Without a bound on the time of a test: a thousand examples of one take minutes.
+fuzz: $(VENV)/.dev ## Run the fuzz tests with EXAMPLES random examples each
+	KVTIER_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest --timeout=0 tests/fuzz $(PYTEST_ARGS)
 
 check: $(VENV)/.dev ## Lint, format, types, layers, and the rules of tests/repo
 	$(BIN)/ruff check .

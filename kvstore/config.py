@@ -73,6 +73,7 @@ _LEASE_TTL_S = 30.0
 _AGENT_TIMEOUT_S = 30.0
 _SYNC_INTERVAL_S = 1.0
 _PROMOTE_HITS = 2
+_FILE_BYTES_MAX = 64 << 10  # a thousand tenants; the parser takes memory by the square of the longest key
 _DRAIN_GRACE_S = 20.0  # below the 30 s that Kubernetes waits before it kills
 
 
@@ -242,12 +243,17 @@ def _runtime_folders(environ: Mapping[str, str]) -> list[Path]:
 
 def _read_file(path: Path) -> Settings:
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(_FILE_BYTES_MAX + 1)
     except OSError as error:
         raise ConfigError(f"configuration file {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    if len(data) > _FILE_BYTES_MAX:
+        raise ConfigError(f"{path} has more than {format_size(_FILE_BYTES_MAX)}, which no configuration file needs")
+    try:
+        raw = tomllib.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # not only TOML's own: of numbers with thousands of digits, too
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    return Settings.parse(raw, lambda key: f"{path}: {key}")
+    return Settings.parse(raw, lambda key: f"{path}: {key:.100}")
 
 
 def _describe_tenant(tenant: Tenant) -> str:
@@ -336,7 +342,10 @@ class _Settling:
 
     def _cold_bytes(self, state_dir: Path) -> int:
         # What the cold tier holds already counts as free: the default would otherwise shrink with every restart.
-        free = free_disk_bytes(state_dir) + disk_used_bytes(state_dir)
+        try:
+            free = free_disk_bytes(state_dir) + disk_used_bytes(state_dir)
+        except OSError as error:  # of a name that no file system takes, for one
+            raise ConfigError(f"state directory {state_dir!s:.200} cannot be used: {error.strerror}") from error
         asked = self._asked.cold_bytes
         if asked is None:
             size = min(_COLD_DEFAULT_MAX, free // _SHARE // MIB * MIB)

@@ -127,7 +127,7 @@ def _parsed(parser: Callable[[object], Any], value: object, label: str) -> Any: 
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{label}: {error}") from error
+        raise ConfigError(f"{label}: {error!s:.500}") from error  # it repeats the value, however long that is
 
 
 def _path(value: object) -> Path:
