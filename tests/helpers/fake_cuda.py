@@ -137,7 +137,8 @@ class FakeDriver:
         self._counts: Counter[str] = Counter()
         self._current = threading.local()
         self._contexts: Counter[int] = Counter()
-        self._next = _FIRST_ADDRESS
+        self._next = _FIRST_ADDRESS - (1 << 40)  # of handles, streams and events
+        self._next_address = _FIRST_ADDRESS
         self._spans: dict[int, _Span] = {}
         self._handles: dict[int, _Memory] = {}
         self._exported: dict[int, _Memory] = {}  # by inode
@@ -313,6 +314,7 @@ class FakeDriver:
         return address
 
     def cuMemFree(self, address: int) -> None:
+        self._need_context()
         memory = self._spans.pop(address).memory
         assert memory is not None
         self._drop(memory)
@@ -324,6 +326,7 @@ class FakeDriver:
         self.registered[address] = (nbytes, flags)
 
     def cuMemHostUnregister(self, address: int) -> None:
+        self._need_context()
         if self.registered.pop(address, None) is None:
             raise _Refused(CUresult.CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED)
 
@@ -334,12 +337,14 @@ class FakeDriver:
         return self._next
 
     def cuStreamDestroy(self, stream: int) -> None:
+        self._need_context()
         assert self._done[stream] == len(self._streams.pop(stream)), "destroyed with copies under way"
 
     def cuStreamSynchronize(self, stream: int) -> None:
         self._run(stream, len(self._streams[stream]))
 
     def cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> None:
+        self._need_context()
         other, upto = self._events[event]
         self._streams[stream].append(lambda: self._run(other, upto))
 
@@ -353,6 +358,7 @@ class FakeDriver:
         del self._events[event]
 
     def cuEventRecord(self, event: int, stream: int) -> None:
+        self._need_context()
         assert event in self._events
         self._events[event] = (stream, len(self._streams[stream]))
 
@@ -426,15 +432,16 @@ class FakeDriver:
         return self._next
 
     def _span(self, nbytes: int) -> int:
-        self._next = (self._next // GRANULARITY + 1) * GRANULARITY
-        address = self._next
+        address = self._next_address  # without a gap, as a driver does: a copy may not cross from one into the next
         self._spans[address] = _Span(nbytes)
-        self._next += nbytes
+        self._next_address += -(-nbytes // GRANULARITY) * GRANULARITY
         return address
 
     def _range(self, address: int, nbytes: int, access: int) -> NDArray[np.uint8]:
         for base, span in self._spans.items():
-            if base <= address and address + nbytes <= base + span.nbytes:
+            if base <= address < base + span.nbytes:
+                if address + nbytes > base + span.nbytes:
+                    raise _Refused(CUresult.CUDA_ERROR_INVALID_VALUE)
                 if span.memory is None or span.flags & access != access:
                     break
                 return span.memory.data[address - base : address - base + nbytes]
