@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _PORTABLE, _READ_ONLY = 1, 8  # CU_MEMHOSTREGISTER_*
 _NON_BLOCKING_STREAM = 1
 _UNTIMED_EVENT = 2
+_EXCHANGE = "cuThreadExchangeStreamCaptureMode"
 _WAIT_S = 60.0  # 256 MiB take 0.1 s on the slowest bus: a device that takes so long does not come back
 
 _log = logging.getLogger(__name__)
@@ -109,20 +110,32 @@ class Device:
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
-        """The device's context on this thread, for now."""
-        self.calls("cuCtxPushCurrent", self._context)
+        """The device's context on this thread, for now.
+
+        Relaxed, or a call of ours would spoil the graph that another thread of the engine captures meanwhile.
+        """
+        calls = self.calls
+        calls("cuCtxPushCurrent", self._context)
         try:
-            yield
+            mode = calls(_EXCHANGE, calls.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+            try:
+                yield
+            finally:
+                calls(_EXCHANGE, mode)
         finally:
-            self.calls("cuCtxPopCurrent")
+            calls("cuCtxPopCurrent")
 
     def begin(self, after: Sequence[After]) -> Transfer:
         """A set of copies that begin once `after` is done.
 
         Raises:
             CudaError: the driver refuses.
+            InvalidRequest: `after` is a stream whose work is being captured, so it has no end to wait for.
         """
         with self.current():
+            for what in after:
+                if not what.is_event and int(self.calls("cuStreamIsCapturing", what.handle)):
+                    raise InvalidRequest("the stream is capturing a graph; read and put outside of the capture")
             lane = self._take()
             try:
                 for what in after:

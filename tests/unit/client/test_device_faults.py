@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from derived import chain, contents, wrong
-from fake_cuda import CUresult, FakeArray, FakeDriver
-from kvstore_client import STORED, InternalError, Keys, Namespace, device
+from fake_cuda import CUresult, CUstreamCaptureMode, FakeArray, FakeDriver
+from kvstore_client import STORED, InternalError, InvalidRequest, Keys, Namespace, device
 from polling import eventually
 
 N = 8
@@ -168,3 +168,29 @@ def test_memory_that_stays_registered_stays_mapped(driver: FakeDriver, monkeypat
     gc.collect()
     assert mapping() is not None
     assert pins.pinned_bytes() > 0
+
+
+def test_a_graph_that_another_thread_captures_is_not_spoilt(driver: FakeDriver, ns: Namespace) -> None:
+    keys = chain(ns, N)
+    blocks, out = fill(driver, keys), driver.array((N, NBYTES))
+    driver.capturing = 1
+    assert ns.put(keys, blocks) == [STORED] * N
+    with ns.acquire(keys) as lease:
+        assert lease.read_into(out) == N
+    eventually(lambda: len(driver.registered) >= 2, "staging and a slab to be registered")
+    assert driver.spoilt_by == []
+    assert driver._current.mode == CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL, "the caller's thread is as it was"
+    driver.capturing = None
+
+
+def test_what_is_being_captured_cannot_be_waited_for(driver: FakeDriver, ns: Namespace) -> None:
+    keys = chain(ns, N)
+    ns.put(keys, contents(keys, NBYTES))
+    driver.cuCtxSetCurrent(1000)
+    _, stream = driver.cuStreamCreate(0)
+    out = driver.array((N, NBYTES), stream=stream)
+    driver.capturing = stream
+    with ns.acquire(keys) as lease, pytest.raises(InvalidRequest, match="outside of the capture"):
+        lease.read_into(out)
+    assert driver.named("cuEventRecord") == []
+    driver.capturing = None
