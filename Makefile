@@ -9,6 +9,9 @@ DEMO_ARGS ?=
 KILLS ?= 200
 MINUTES ?= 30
 SEED ?=
+SEEDS ?= 1..100
+STEPS ?= 10000
+EXAMPLES ?= 1000
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Twice quiet: only errors. What a machine is told of its own package sources belongs to nobody here.
@@ -16,11 +19,11 @@ install := $(BIN)/python -m pip install --quiet --quiet --constraint constraints
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test fast check coverage chaos soak format proto bench gpu-check clean distclean
+.PHONY: help demo test fast check coverage simulate fuzz chaos soak format proto bench gpu-check clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo '  Variables: PYTHON (3.11 or later), PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, KILLS, MINUTES, SEED'
+	@echo '  Variables: PYTHON (3.11 or later), PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS, SEEDS, STEPS, EXAMPLES, KILLS, MINUTES, SEED'
 
 demo: $(VENV)/.demo ## Serve a prompt's prefix from the cache, and show what it saves
 	$(BIN)/python -m ops.demo $(DEMO_ARGS)
@@ -32,6 +35,13 @@ test: $(VENV)/.dev ## Run every test, one after the other
 
 fast: $(VENV)/.dev ## Run the tests that start no daemon, on two cores
 	$(BIN)/python -m pytest -n 2 $(wildcard tests/unit tests/conformance tests/property tests/model tests/repo) $(PYTEST_ARGS)
+
+simulate: $(VENV)/.dev ## Run seeds SEEDS=a..b of the simulated daemon, STEPS=n steps each
+	$(BIN)/python -m tests.simulation --seeds $(SEEDS) --steps $(STEPS)
+
+# Without a bound on the time of a test: a thousand examples of one take minutes.
+fuzz: $(VENV)/.dev ## Run the fuzz tests with EXAMPLES random examples each
+	KVTIER_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest --timeout=0 tests/fuzz $(PYTEST_ARGS)
 
 check: $(VENV)/.dev ## Lint, format, types, layers, and the rules of tests/repo
 	$(BIN)/ruff check .

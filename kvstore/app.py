@@ -140,6 +140,7 @@ class Daemon:
             socket_mode=config.socket_mode,
             socket_group=config.socket_group,
             owns_paths=True,
+            remote=config.remote,
             lease_ttl_s=config.lease_ttl_s,
             limits=Limits(max_sessions=config.max_sessions),
         )

@@ -15,6 +15,19 @@ uids = [1001]
 gids = [1001]
 warm_bytes = "4GiB"
 ```
+
+For workers on other hosts, whose certificate's names say whose they are (or token_file instead, see SECURITY.md):
+
+```toml
+listen = "0.0.0.0:7400"
+tls_certificate = "/etc/kvstore/server.pem"
+tls_key = "/etc/kvstore/server.key"
+tls_client_ca = "/etc/kvstore/clients.pem"
+
+[tenants.search]
+sans = ["spiffe://example/search"]
+admin_sans = ["spiffe://example/search-operator"]
+```
 """
 
 from __future__ import annotations
@@ -22,11 +35,13 @@ from __future__ import annotations
 import os
 import stat
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kvstore.access import RemoteAccess
 from kvstore.machine import Machine, disk_used_bytes, free_disk_bytes
+from kvstore.remote_access import describe_remote, load_remote_access
 from kvstore.settings import COLD_BYTES_MIN, WARM_BYTES_MIN, ConfigError, Settings, Tenant
 from kvstore.sizes import GIB, MIB, Share, format_size
 
@@ -39,6 +54,7 @@ __all__ = [
     "device_environment",
     "load",
     "prepare_state_dir",
+    "quiet_grpc",
 ]
 
 DEFAULT_TENANT = "default"
@@ -57,6 +73,7 @@ _LEASE_TTL_S = 30.0
 _AGENT_TIMEOUT_S = 30.0
 _SYNC_INTERVAL_S = 1.0
 _PROMOTE_HITS = 2
+_FILE_BYTES_MAX = 64 << 10  # a thousand tenants; the parser takes memory by the square of the longest key
 _DRAIN_GRACE_S = 20.0  # below the 30 s that Kubernetes waits before it kills
 
 
@@ -97,6 +114,7 @@ class Config:
     cold_daily_bytes: int
     tenants: tuple[Tenant, ...]
     notes: tuple[str, ...] = ()
+    remote: RemoteAccess | None = None
 
     @property
     def attach_socket(self) -> Path:
@@ -141,6 +159,7 @@ class Config:
             f"a lease ends {self.lease_ttl_s:g} s after its session's last sign of life; an agent that does not answer "
             f"for {self.agent_timeout_s:g} s is replaced",
             *(_describe_tenant(tenant) for tenant in self.tenants),
+            *describe_remote(self.remote),
             *self.notes,
         ]
 
@@ -199,6 +218,14 @@ def default_addresses(environ: Mapping[str, str] = os.environ) -> list[str]:
     return [named] if named else [f"unix:{folder / SOCKET_NAME}" for folder in _runtime_folders(environ)]
 
 
+def quiet_grpc(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have gRPC log errors only, unless GRPC_VERBOSITY says otherwise; before it is imported.
+
+    It writes a line for every handshake that fails, so that anybody who reaches a port could fill the log.
+    """
+    environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+
 def child_environment(changes: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment for a child process: this one's with `changes`."""
     return {**environ, **changes}
@@ -216,12 +243,17 @@ def _runtime_folders(environ: Mapping[str, str]) -> list[Path]:
 
 def _read_file(path: Path) -> Settings:
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(_FILE_BYTES_MAX + 1)
     except OSError as error:
         raise ConfigError(f"configuration file {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    if len(data) > _FILE_BYTES_MAX:
+        raise ConfigError(f"{path} has more than {format_size(_FILE_BYTES_MAX)}, which no configuration file needs")
+    try:
+        raw = tomllib.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # not only TOML's own: of numbers with thousands of digits, too
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    return Settings.parse(raw, lambda key: f"{path}: {key}")
+    return Settings.parse(raw, lambda key: f"{path}: {key:.100}")
 
 
 def _describe_tenant(tenant: Tenant) -> str:
@@ -278,6 +310,7 @@ class _Settling:
             cold_daily_bytes=asked.cold_daily_bytes or 0,
             tenants=self._tenants(warm_bytes, cold_bytes),
             notes=tuple(self._notes),
+            remote=load_remote_access(asked, asked.tenants or ()),
         )
         _check_socket(config)
         return config
@@ -309,7 +342,10 @@ class _Settling:
 
     def _cold_bytes(self, state_dir: Path) -> int:
         # What the cold tier holds already counts as free: the default would otherwise shrink with every restart.
-        free = free_disk_bytes(state_dir) + disk_used_bytes(state_dir)
+        try:
+            free = free_disk_bytes(state_dir) + disk_used_bytes(state_dir)
+        except OSError as error:  # of a name that no file system takes, for one
+            raise ConfigError(f"state directory {state_dir!s:.200} cannot be used: {error.strerror}") from error
         asked = self._asked.cold_bytes
         if asked is None:
             size = min(_COLD_DEFAULT_MAX, free // _SHARE // MIB * MIB)

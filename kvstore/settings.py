@@ -45,6 +45,10 @@ class Tenant:
     gids: tuple[int, ...] = ()
     warm_bytes: int | None = None
     cold_bytes: int | None = None
+    sans: tuple[str, ...] = ()
+    admin_sans: tuple[str, ...] = ()
+    token_file: Path | None = None
+    admin_token_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,10 @@ class Settings:
     promote_hits: int | None = None
     cold_daily_bytes: int | None = None
     tenants: tuple[Tenant, ...] | None = None
+    listen: tuple[str, int] | None = None
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
 
     @classmethod
     def parse(cls, raw: Mapping[str, object], label: Callable[[str], str]) -> Settings:
@@ -119,7 +127,7 @@ def _parsed(parser: Callable[[object], Any], value: object, label: str) -> Any: 
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{label}: {error}") from error
+        raise ConfigError(f"{label}: {error!s:.500}") from error  # it repeats the value, however long that is
 
 
 def _path(value: object) -> Path:
@@ -227,8 +235,21 @@ def _group(value: object) -> int:
     return _id(value, lambda name: grp.getgrnam(name).gr_gid, "group")
 
 
-def _each(parser: Callable[[object], int]) -> Callable[[object], tuple[int, ...]]:
-    def parse(value: object) -> tuple[int, ...]:
+def _listen(value: object) -> tuple[str, int]:
+    found = re.fullmatch(r"\[([0-9a-fA-F:.]+)\]:(\d{1,5})|([^\s:/]+):(\d{1,5})", str(value), re.ASCII)
+    if not found or int(found[2] or found[4]) > 65535:
+        raise ValueError(f'{value!r} is not HOST:PORT; write for example "127.0.0.1:7400" or "[::]:7400"')
+    return found[1] or found[3], int(found[2] or found[4])
+
+
+def _san(value: object) -> str:
+    if not isinstance(value, str) or not value or len(value) > 1024:
+        raise ValueError(f"{value!r} is not a subject alternative name, as worker-1.example or spiffe://example/worker")
+    return value
+
+
+def _each(parser: Callable[[object], Any]) -> Callable[[object], tuple[Any, ...]]:
+    def parse(value: object) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{value!r} is not a list")
         return tuple(parser(item) for item in value)
@@ -261,8 +282,8 @@ def _tenant(name: str, table: object) -> Tenant:
 
     check_keys(table, _TENANT_PARSERS, label)
     found = Tenant(name, **{key: _parsed(_TENANT_PARSERS[key], value, label(key)) for key, value in table.items()})
-    if not found.uids and not found.gids:
-        raise ValueError(f"tenant {name!r} has neither uids nor gids, so nobody could be it")
+    if not any((found.uids, found.gids, found.sans, found.admin_sans, found.token_file, found.admin_token_file)):
+        raise ValueError(f"tenant {name!r} has no uids, gids, sans or token_file, so nobody could be it")
     return found
 
 
@@ -271,6 +292,10 @@ _TENANT_PARSERS: dict[str, Callable[[object], Any]] = {
     "gids": _each(_group),
     "warm_bytes": _size_from(WARM_BYTES_MIN),
     "cold_bytes": _size,
+    "sans": _each(_san),
+    "admin_sans": _each(_san),
+    "token_file": _path,
+    "admin_token_file": _path,
 }
 _PARSERS: dict[str, Callable[[object], Any]] = {
     "state_dir": _path,
@@ -298,4 +323,8 @@ _PARSERS: dict[str, Callable[[object], Any]] = {
     "promote_hits": _whole(1, 1000),
     "cold_daily_bytes": _size_from(MIB, zero="the limit"),
     "tenants": _tenants,
+    "listen": _listen,
+    "tls_certificate": _path,
+    "tls_key": _path,
+    "tls_client_ca": _path,
 }

@@ -27,6 +27,8 @@ Errors:
     ├── ProtocolMismatch       the two sides speak different protocol versions
     └── InternalError          a defect of the daemon; it has the details in its log
 
+On another host than the daemon's: Client("tcp://host:port", tls=TLS(...)), see docs/protocol.md.
+
 `kvstore_client.testing` has a daemon in this process for tests of your own.
 """
 
@@ -45,6 +47,7 @@ from kvstore.protocol.errors import (
 )
 from kvstore.protocol.keys import Keys
 from kvstore.protocol.layout import KVLayout, TensorSpec
+from kvstore_client.address import TLS
 from kvstore_client.client import Client
 from kvstore_client.lease import Lease
 from kvstore_client.namespace import Namespace
@@ -66,6 +69,7 @@ __all__ = [
     "EXISTS",
     "REJECTED",
     "STORED",
+    "TLS",
     "Client",
     "DeadlineExceeded",
     "InternalError",

@@ -53,7 +53,9 @@ class Claim:
         self.ended: str | None = None
         self.anchor: object = None
         self.placements: Sequence[Placement] = ()
-        self.placements = [Placement(group) for group in reply.groups]  # last: if it raises, __del__ gives back
+        if session is not None:  # last: if it raises, __del__ gives back
+            ready = reply.ready if len(reply.groups) == 1 else 0
+            self.placements = [session.placement(group, i, ready) for i, group in enumerate(reply.groups)]
 
     @property
     def is_fail_open(self) -> bool:
@@ -102,8 +104,9 @@ class Claim:
             reply = self.ask(WAIT, pb.WaitRequest(lease_id=self.lease_id, stop=stop), deadline_s)
         except DeadlineExceeded:
             return
-        if reply.lost:
-            for placement in self.placements:
+        for placement in self.placements:
+            placement.note_ready(reply.ready)
+            if reply.lost:
                 placement.cut(reply.lost - 1)
         if reply.lost or reply.ready < stop:
             time.sleep(_ASK_AGAIN_S)

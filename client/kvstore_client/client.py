@@ -1,4 +1,4 @@
-"""The client: one attachment to the daemon of this machine, shared by all threads of a worker."""
+"""The client: one attachment to a daemon, shared by all threads of a worker."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvstore.protocol.keys import Keys
 from kvstore.protocol.namespace import KVLayout, NamespaceSpec
 from kvstore.v1 import kvstore_pb2 as pb
 from kvstore_client import forks
-from kvstore_client.address import resolve
+from kvstore_client.address import TLS, Address, resolve
 from kvstore_client.benefit import Recompute, checked
 from kvstore_client.connection import FAIL_OPEN_ERRORS, Connection
 from kvstore_client.lease import Lease
@@ -29,6 +29,8 @@ ATTACH_TIMEOUT_S = 5.0
 STATS_TIMEOUT_S = 5.0
 PING_TIMEOUT_S = 1.0
 DEFAULT_STAGING_BYTES = 64 << 20
+REMOTE_STAGING_BYTES = 16 << 20
+MIN_TOKEN_BYTES = 32
 MAX_NAME_BYTES = 128
 TRANSPORTS = ("auto", "local", "grpc")
 
@@ -50,15 +52,22 @@ class NamespaceFields(TypedDict, total=False):
     cold_codec: str
 
 
+class RemoteFields(TypedDict, total=False):
+    """Arguments of Client() for a daemon over TCP."""
+
+    tls: TLS | None
+    token: bytes | str | None
+
+
 class Anchor:
     """Whoever holds it keeps the client attached; when nobody does, it detaches."""
 
 
 class Client:
-    """A client of the daemon on this machine. Any thread may use it; close() it, or use it as a context manager.
+    """A client of the daemon on this machine, or of one over TCP.
 
-    It attaches at once, and again by itself after the daemon was restarted. Every call has a deadline. A child of
-    fork() cannot use it and has to make its own.
+    Any thread may use it; close() it, or use it as a context manager. It attaches at once, and again by itself after
+    the daemon was restarted. Every call has a deadline. A child of fork() cannot use it and has to make its own.
     """
 
     def __init__(
@@ -68,12 +77,13 @@ class Client:
         fail_open: bool = False,
         transport: Transport = "auto",
         name: str = "",
-        staging_bytes: int = DEFAULT_STAGING_BYTES,
+        staging_bytes: int | None = None,
+        **remote: Unpack[RemoteFields],
     ) -> None:
         """Attach to the daemon.
 
         Args:
-            address: "unix:/path/to.sock" or the path. None: $KVSTORE_ADDRESS, then
+            address: "unix:/path/to.sock" or the path, or "tcp://host:port". None: $KVSTORE_ADDRESS, then
                 $XDG_RUNTIME_DIR/kvstore/kvstore.sock, then /run/kvstore/kvstore.sock.
             fail_open: a daemon that is gone or late is a miss: lookups find nothing, puts are REJECTED(UNAVAILABLE).
                 After a few failures in a row the daemon is not asked again until it answers a probe made in the
@@ -82,6 +92,10 @@ class Client:
                 the hello and the mapping of shared memory.
             name: shown by `kvctl sessions`; at most 128 bytes. Empty: the process id.
             staging_bytes: memory that the daemon sets aside for this client's puts; 0 for a client that only reads.
+                None: 64 MiB, over TCP 16 MiB.
+            **remote: for tcp:// only. tls (a kvstore_client.TLS): how to know the daemon and, by a certificate, to be
+                known by it. token (bytes or str, 32 or more): says who this client is where the daemon wants no
+                certificate. Over TCP blocks are copied with read_into() and put(); view() and tensors() raise.
 
         Raises:
             InvalidRequest: an argument is wrong.
@@ -89,12 +103,18 @@ class Client:
             PermissionDenied: this user may not attach.
             ProtocolMismatch: the daemon speaks another version of the protocol.
         """
+        where = resolve(address)
+        tls, token = _checked_remote(where, transport, remote)
+        if staging_bytes is None:
+            staging_bytes = REMOTE_STAGING_BYTES if where.is_tcp else DEFAULT_STAGING_BYTES
         options = Options(
-            address=resolve(address),
+            address=where,
             name=_checked_name(name or f"pid {os.getpid()}"),
             transport="grpc" if _checked_transport(transport) == "grpc" else "local",
             staging_bytes=_checked_staging(staging_bytes),
             is_fail_open=fail_open,
+            tls=tls,
+            token=token,
         )
         self._connection = Connection(options)
         # Held by everything that the user may still have when the Client itself is gone.
@@ -228,6 +248,26 @@ def _checked_transport(transport: str) -> str:
     if transport not in TRANSPORTS:
         raise InvalidRequest(f"transport is {transport!r}; it must be one of {', '.join(TRANSPORTS)}")
     return transport
+
+
+def _checked_remote(where: Address, transport: str, remote: RemoteFields) -> tuple[TLS | None, bytes]:
+    tls, token = remote.get("tls"), remote.get("token") or b""
+    if not where.is_tcp:
+        if tls is not None or token:
+            raise InvalidRequest(f"tls and token are for tcp://host:port; {where} is a socket of this machine")
+        return None, b""
+    if transport == "local":
+        raise InvalidRequest(f"transport 'local' needs a socket of this machine; {where} is none")
+    token = token.encode() if isinstance(token, str) else token
+    if token and len(token) < MIN_TOKEN_BYTES:
+        raise InvalidRequest(f"token has {len(token)} bytes; it must have {MIN_TOKEN_BYTES} or more")
+    if tls is None and not where.is_loopback:
+        raise InvalidRequest(
+            f"{where} is another host: give tls=TLS(ca=...), or everything crosses the network in the clear"
+        )
+    if not token and (tls is None or tls.certificate is None):
+        raise InvalidRequest("over TCP the daemon must know who calls: give a token, or tls with certificate and key")
+    return tls, token
 
 
 def _checked_staging(staging_bytes: int) -> int:

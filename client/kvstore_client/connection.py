@@ -20,6 +20,7 @@ from kvstore.protocol.errors import (
 from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.v1 import kvstore_pb2 as pb
 from kvstore_client.breaker import Breaker
+from kvstore_client.remote import open_session
 from kvstore_client.rpc import RENEW, deadline_after
 from kvstore_client.session import Options, Session
 
@@ -170,7 +171,7 @@ class Connection:
             wait_s = self._retry_at_s - now
             raise Unavailable(f"{self._last_error}; the next attempt is made in {wait_s:.2f} s at the earliest")
         try:
-            session = Session(self.options, deadline_s)
+            session = open_session(self.options, deadline_s)
         except KVStoreError as error:
             self._back_off_s = min(max(2 * self._back_off_s, FIRST_BACK_OFF_S), MAX_BACK_OFF_S)
             self._retry_at_s = time.monotonic() + self._back_off_s

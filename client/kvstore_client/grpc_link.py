@@ -10,20 +10,28 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, ClassVar, Generic
+from typing import Any, ClassVar, Generic, TypeAlias
 
 from google.protobuf.message import Message
 
 from kvstore.protocol.errors import DeadlineExceeded, KVStoreError, Unauthenticated, Unavailable, from_code
 from kvstore.protocol.frames import MAX_CALLS_IN_FLIGHT, MAX_PAYLOAD_BYTES
 from kvstore_client._lazy import grpc, kvstore_pb2_grpc
+from kvstore_client.address import TLS, Address
 from kvstore_client.rpc import LateHandler, Q, R, Rpc
+
+Metadata: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
 TOKEN_KEY = "kvstore-token"
 _OPTIONS = [
     ("grpc.max_receive_message_length", 2 * MAX_PAYLOAD_BYTES),
     ("grpc.use_local_subchannel_pool", 1),  # no back-off shared with other clients of this process
     ("grpc.enable_http_proxy", 0),
+]
+_TCP_OPTIONS = [
+    *_OPTIONS,
+    ("grpc.keepalive_time_ms", 10_000),  # a host that vanished closes nothing: this ends the session in 15 s
+    ("grpc.keepalive_timeout_ms", 5_000),
 ]
 _UNAWAITED_S = 60.0
 _abandoned: list[object] = []  # channels of a parent process: closing one in a child can hang in gRPC's own threads
@@ -34,7 +42,22 @@ def open_channel(target: str) -> grpc.Channel:
     return grpc.insecure_channel(target, options=_OPTIONS)
 
 
-def metadata_of(token: bytes) -> tuple[tuple[str, str], ...]:
+def open_tcp_channel(address: Address, tls: TLS | None) -> grpc.Channel:
+    """A channel to a daemon on another host.
+
+    Raises:
+        InvalidRequest: a file of `tls` cannot be used.
+    """
+    if tls is None:
+        return grpc.insecure_channel(address.target, options=_TCP_OPTIONS)
+    named = [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name else []
+    credentials = grpc.ssl_channel_credentials(
+        tls.read("ca") or None, tls.read("key") or None, tls.read("certificate") or None
+    )
+    return grpc.secure_channel(address.target, credentials, options=[*_TCP_OPTIONS, *named])
+
+
+def metadata_of(token: bytes) -> Metadata:
     """The metadata that every call needs."""
     return ((TOKEN_KEY, token.hex()),)
 
@@ -87,17 +110,17 @@ class GrpcLink:
 
     keeps_order: ClassVar[bool] = False
 
-    def __init__(self, target: str, token: bytes, on_trouble: Callable[[], None]) -> None:
-        """Open a channel.
+    def __init__(self, channel: grpc.Channel, metadata: Metadata, on_trouble: Callable[[KVStoreError], None]) -> None:
+        """Take over a channel.
 
         Args:
-            target: of the daemon's gRPC socket.
-            token: of the session.
-            on_trouble: called when a call fails as if the session were over.
+            channel: to the daemon.
+            metadata: of every call, with the session's token.
+            on_trouble: called with the error when a call fails as if the session were over.
         """
         self.last_sent_s = time.monotonic()
-        self._metadata = metadata_of(token)
-        self._channel = open_channel(target)
+        self._metadata = metadata
+        self._channel = channel
         self._stub = kvstore_pb2_grpc.KVStoreStub(self._channel)
         self._on_trouble = on_trouble
         self._deferred: deque[tuple[str, Message]] = deque()
@@ -109,7 +132,7 @@ class GrpcLink:
         try:
             reply: R = getattr(self._stub, rpc.name)(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise self._failure(error) from error
+            raise self.failure_of(error) from error
         return reply
 
     def start(self, rpc: Rpc[Q, R], request: Q, deadline_s: float) -> GrpcCall[R]:
@@ -119,7 +142,7 @@ class GrpcLink:
             future = getattr(self._stub, rpc.name).future(request, timeout=timeout_s, metadata=self._metadata)
         except ValueError as error:  # the channel was closed
             raise Unavailable(f"this client closed the connection: {error}") from error
-        return GrpcCall(future, self._failure)
+        return GrpcCall(future, self.failure_of)
 
     @property
     def has_deferred(self) -> bool:
@@ -160,8 +183,9 @@ class GrpcLink:
             raise DeadlineExceeded("no time was left to ask the daemon")
         return deadline_s - now
 
-    def _failure(self, error: grpc.RpcError) -> KVStoreError:
+    def failure_of(self, error: grpc.RpcError) -> KVStoreError:
+        """The error for a failed call, once it was seen whether the session is over."""
         failure = error_of(error)
         if isinstance(failure, (Unavailable, Unauthenticated)):
-            self._on_trouble()
+            self._on_trouble(failure)
         return failure

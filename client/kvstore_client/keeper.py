@@ -70,10 +70,10 @@ class Keeper:
         poller = select.poll()
         poller.register(self._wake_fd, select.POLLIN)
         fd = session.attach.fileno()
-        if fd < 0:
+        if fd >= 0:  # no POLLIN: answers belong to the callers. A closed connection wakes this thread at once
+            poller.register(fd, select.POLLRDHUP)
+        elif session.shares_memory:
             return
-        # No POLLIN: answers belong to the callers. A closed connection wakes this thread at once.
-        poller.register(fd, select.POLLRDHUP)
         while not session.is_lost:
             for ready, _ in poller.poll(self._sleep_s() * 1000):
                 if ready == fd:
@@ -99,7 +99,7 @@ class Keeper:
         # in soon: the daemon hangs up on a client whose buffer stays full.
         if not self._dozes or session.link.has_deferred or session.attach.has_late:
             return FLUSH_EVERY_S
-        if session.lease_count:
+        if session.wants_renewal:
             return min(max(session.renew_every_s - silent_s, 0.001), session.renew_every_s)
         return session.renew_every_s
 
@@ -107,7 +107,7 @@ class Keeper:
         session, now = self._session, time.monotonic()
         if session.is_lost:
             return
-        is_silent = session.lease_count > 0 and now - session.link.last_sent_s >= session.renew_every_s
+        is_silent = session.wants_renewal and now - session.link.last_sent_s >= session.renew_every_s
         wants_news = len(session.slabs) > 0 and now - self._renewed_s >= session.renew_every_s * _RETIRED_EVERY_RENEWALS
         if not is_silent and not wants_news:
             return

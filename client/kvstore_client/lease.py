@@ -140,8 +140,8 @@ class Lease:
                 stream, when the call returns.
             start: first block.
             stop: after the last block; None: `blocks`.
-            verify: hash what was copied and compare it with the daemon's checksum.
-            timeout_s: bound of the wait for blocks that are not readable yet.
+            verify: hash what was copied and compare it with the daemon's checksum; over TCP it always is.
+            timeout_s: bound of the wait for blocks that are not readable yet; over TCP of each 128 MiB.
 
         Returns:
             Blocks copied: stop - start, or fewer if blocks were lost (or time ran out, for a fail-open client).

@@ -20,7 +20,7 @@ from kvstore_client.device import device as open_device
 from kvstore_client.device_buffers import DeviceBuffers, after_of, device_buffers
 from kvstore_client.lease import Lease
 from kvstore_client.outcomes import NO_MATCH, REJECTED, Match, PutOutcome, RejectReason, withheld_reason
-from kvstore_client.put import PutPipeline, PutTarget
+from kvstore_client.put import PutTarget, Storing
 from kvstore_client.rpc import ACQUIRE, ADOPT, CLEAR, DELETE, EXISTS, MATCH, PREFETCH
 from kvstore_client.session import Session
 from kvstore_client.staged import PUT_TIMEOUT_S, StagedBuffers, StagedRange
@@ -250,13 +250,13 @@ class Namespace:
         buffers = self._blocks(blocks, len(named), after)
         if not len(named):
             return []
-        tried: list[PutPipeline] = []
+        tried: list[Storing] = []
 
         def store(session: Session, deadline_s: float) -> list[PutOutcome]:
             target = replace(self._target(self.open_on(session, deadline_s)), pin=pin)
             if session.lacks_staging_for(self._block_nbytes):
                 return [REJECTED(RejectReason.QUOTA)] * len(named)
-            pipeline = PutPipeline(session, target, len(named), deadline_s)
+            pipeline = session.put_pipeline(target, len(named), deadline_s)
             tried.append(pipeline)
             pipeline.run(named, buffers)
             return pipeline.outcomes()
@@ -271,7 +271,7 @@ class Namespace:
 
         Args:
             n: how many blocks.
-            timeout_s: bound of the wait for a free range; where none comes the buffers are private memory.
+            timeout_s: bound of the wait for a free range; where none comes, or over TCP, the buffers are private.
             device: number of the CUDA device that is to write there: the whole staging segment is registered with its
                 driver, once, so that copies to it run by themselves (`StagedBuffers.is_pinned`).
 
@@ -285,7 +285,7 @@ class Namespace:
         def take(session: Session, deadline_s: float) -> tuple[StagedRange | None, NDArray[np.uint8] | None]:
             target = self._target(self.open_on(session, deadline_s))
             session.check_alive()  # the staging may be mapped already, and then nobody would be asked
-            if session.lacks_staging_for(self._block_nbytes):
+            if not session.shares_memory or session.lacks_staging_for(self._block_nbytes):
                 return None, None
             staging = session.staging(self._block_nbytes, deadline_s)
             if n * target.stride > staging.nbytes:

@@ -79,6 +79,11 @@ class Placement:
         self.stop = self.first + count
 
     @property
+    def block_nbytes(self) -> int:
+        """Bytes of one block."""
+        return self._message.block_nbytes
+
+    @property
     def lossy(self) -> frozenset[int]:
         """The blocks that come from a lossy copy."""
         marks = self._message.lossy
@@ -117,6 +122,9 @@ class Placement:
     def drop(self) -> None:
         """Let go of the slabs, so that they can be unmapped; nothing is readable then."""
         self._runs = self._firsts = ()
+
+    def note_ready(self, stop: int) -> None:
+        """The daemon says that blocks before `stop` are readable. Where they lie in shared memory, that says it."""
 
     def cut(self, stop: int) -> None:
         """Blocks from `stop` on will never be readable."""

@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from kvstore.protocol.errors import InternalError, KVStoreError
 from kvstore.protocol.keys import Keys
@@ -61,6 +61,16 @@ class PutTarget:
         return align_up(self.block_nbytes, _STRIDE_ALIGNMENT)
 
 
+class Storing(Protocol):
+    """A put of many blocks under way."""
+
+    def run(self, keys: Keys, blocks: BlockBuffers | DeviceBuffers) -> None:
+        """Store the blocks. Raises KVStoreError; outcomes() still says what is known."""
+
+    def outcomes(self) -> list[PutOutcome]:
+        """What became of every block."""
+
+
 class Flight:
     """A Put that was sent. Its range is the daemon's until the answer has come."""
 
@@ -103,7 +113,7 @@ def start_put(
     """
     checksums = b""
     if staging.is_suspect(place):
-        checksums = _checksums(staging.rows(place, len(keys), target.stride, target.block_nbytes))
+        checksums = checksums_of(staging.rows(place, len(keys), target.stride, target.block_nbytes))
     request = pb.PutRequest(
         namespace=target.namespace,
         parent=keys.parent,
@@ -238,6 +248,6 @@ class PutPipeline:
             self._lacks_parent = True
 
 
-def _checksums(rows: NDArray[np.uint8]) -> bytes:
+def checksums_of(rows: NDArray[np.uint8]) -> bytes:
     """xxh3-128 of every row, 16 bytes each."""
     return b"".join([xxhash.xxh3_128(row).digest() for row in rows])

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from kvstore.protocol.errors import DeadlineExceeded, InternalError, InvalidRequest, LeaseExpired
 from kvstore.protocol.namespace import NamespaceSpec
 from kvstore_client._lazy import np
+from kvstore_client.buffers import Wanted, block_buffers
 from kvstore_client.claim import Claim
 from kvstore_client.device_buffers import after_of
+from kvstore_client.fetching import RemotePlacement, fetch_into
 from kvstore_client.layers import layer_ranges
 from kvstore_client.placement import Placement
 from kvstore_client.rpc import deadline_after
-from kvstore_client.targets import Ranges, Target, target_of
+from kvstore_client.targets import HostTarget, Ranges, Target, target_of
 from kvstore_client.tensors import Framework, tensors_of
 
 if TYPE_CHECKING:
@@ -76,9 +78,12 @@ class LeaseGroup:
         if start == stop:
             return 0
         layout = self.namespace.layout
+        done, placement, deadline_s = start, self._placement, deadline_after(timeout_s)
+        if isinstance(placement, RemotePlacement):
+            buffers = block_buffers(out, layout, Wanted("out", stop - start, False, True))
+            host = HostTarget(buffers, layout.nbytes, start)
+            return fetch_into(self._claim, placement, range(start, stop), host, timeout_s)
         target, whole = target_of(out, layout, stop - start, start), ((0, layout.nbytes),)
-        deadline_s = deadline_after(timeout_s)
-        done, placement = start, self._placement
         while done < min(stop, placement.stop):
             ready = placement.readable_to(done, min(stop, placement.stop))
             if ready > done:
@@ -103,6 +108,10 @@ class LeaseGroup:
         """Copy blocks [start, stop) layer by layer. See `Lease.read_layers`."""
         start = start or self.first
         stop = self._check_range(start, stop)
+        if isinstance(self._placement, RemotePlacement):
+            raise InvalidRequest(
+                "read_layers() needs shared memory, and this client reads over TCP: copy with read_into()"
+            )
         steps = layer_ranges(self.namespace.layout, layers)
         if start == stop:
             return iter(())

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
 import threading
 import time
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 from kvstore.protocol import convert
 from kvstore.protocol.errors import DeadlineExceeded, InternalError, ProtocolMismatch, QuotaExceeded, Unavailable
@@ -17,16 +19,18 @@ from kvstore.protocol.frames import PROTOCOL_VERSION
 from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.v1 import kvstore_pb2 as pb
 from kvstore.v1 import types_pb2
-from kvstore_client._lazy import metadata
-from kvstore_client.address import Address
+from kvstore_client._lazy import grpc, metadata
+from kvstore_client.address import TLS, Address
 from kvstore_client.benefit import CopyRate
 from kvstore_client.claim import Claim
-from kvstore_client.grpc_link import GrpcLink
+from kvstore_client.grpc_link import GrpcLink, Metadata, metadata_of, open_channel
 from kvstore_client.keeper import Keeper
 from kvstore_client.lease import Lease
 from kvstore_client.local import LocalLink
+from kvstore_client.placement import Placement
+from kvstore_client.put import PutPipeline, PutTarget, Storing
 from kvstore_client.rpc import HELLO, OPEN_NAMESPACE, OPEN_SESSION, RELEASE, Link, Q, Rpc
-from kvstore_client.slabs import SlabCache
+from kvstore_client.slabs import SlabCache, SlabSource
 from kvstore_client.staging import Staging
 from kvstore_client.stream import connect
 
@@ -44,6 +48,8 @@ class Options:
         transport: "local", or "grpc" for all calls but those that only the attach socket can do.
         staging_bytes: size of the staging segment; 0 for a client that never puts.
         is_fail_open: a daemon that does not answer is a cache miss.
+        tls: how to know the daemon, and be known by it, over TCP.
+        token: that says who this client is, over TCP; empty: a certificate does.
     """
 
     address: Address
@@ -51,19 +57,53 @@ class Options:
     transport: str
     staging_bytes: int
     is_fail_open: bool
+    tls: TLS | None = None
+    token: bytes = field(default=b"", repr=False)
+
+
+class Attachment(SlabSource, Protocol):
+    """What a session lives and ends with: the attach socket, or over TCP the stream of its Hello."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it has ended."""
+
+    @property
+    def has_late(self) -> bool:
+        """Whether answers are still to come that nobody waits for any more."""
+
+    def fileno(self) -> int:
+        """A descriptor that says by POLLRDHUP when it ends; -1: there is none."""
+
+    def pump(self) -> None:
+        """Take in answers that have arrived."""
+
+    def check_peer(self) -> None:
+        """Notice now if it has ended."""
+
+    def close(self) -> None:
+        """End it; idempotent."""
+
+    def abandon(self) -> None:
+        """Leave it alone in a forked child."""
 
 
 class Session:
-    """An attached session. Any thread may use it.
+    """An attached session; `kvstore_client.remote.RemoteSession` is one over TCP. Any thread may use it.
 
     Attributes:
         serial: tells sessions of this process apart.
         tenant: given by the daemon; part of every namespace digest.
         instance_id: of the daemon; differs after every start.
+        attach: what the session lives and ends with.
         link: carries the calls.
+        shares_memory: whether blocks can be read, and written to staging, in place.
         slabs: mapped memory.
         copies: how fast blocks are copied out of it.
     """
+
+    shares_memory: ClassVar[bool] = True
+    link: Link
 
     def __init__(self, options: Options, deadline_s: float) -> None:
         """Attach.
@@ -82,19 +122,29 @@ class Session:
         self._staging_lock = threading.Lock()
         self._keeper: Keeper | None = None
         self._keeper_lock = threading.Lock()
-        sock = connect(options.address.attach_path, deadline_s - time.monotonic())
-        self.attach = LocalLink(sock, self._on_lost)
-        self.slabs = SlabCache(self.attach)
         self.copies = CopyRate()
-        self.link: Link = self.attach
+        self.attach = self._connect(options, deadline_s)
+        self.slabs = SlabCache(self.attach)
         try:
             self._open(options, deadline_s)
         except BaseException:
             self.close()
             raise
 
+    def _connect(self, options: Options, deadline_s: float) -> Attachment:
+        sock = connect(str(options.address.attach_path), deadline_s - time.monotonic())
+        self.link = attach = LocalLink(sock, self._on_lost)
+        return attach
+
+    def _greet(self, options: Options, deadline_s: float) -> pb.HelloResponse:
+        hello = self.link.call(HELLO, hello_of(options.name), deadline_s)
+        if options.transport == "grpc":
+            on_trouble = self.attach.check_peer
+            self.link = GrpcLink(open_channel(hello.grpc_target), metadata_of(hello.token), lambda _: on_trouble())
+        return hello
+
     def _open(self, options: Options, deadline_s: float) -> None:
-        hello = self.attach.call(HELLO, _hello(options.name), deadline_s)
+        hello = self._greet(options, deadline_s)
         if hello.protocol_version != PROTOCOL_VERSION:
             raise ProtocolMismatch(
                 f"the daemon speaks protocol {hello.protocol_version}, this client {PROTOCOL_VERSION}"
@@ -102,8 +152,6 @@ class Session:
         self.instance_id = hello.instance_id
         self.token = hello.token
         self.grpc_target = hello.grpc_target
-        if options.transport == "grpc":
-            self.link = GrpcLink(hello.grpc_target, hello.token, self.attach.check_peer)
         opened = self._open_session(options, deadline_s)
         self.session_id = opened.session_id
         self.tenant = opened.tenant
@@ -124,6 +172,12 @@ class Session:
     def is_lost(self) -> bool:
         """Whether the session has ended."""
         return self.lost_reason is not None or self.attach.is_lost
+
+    @contextlib.contextmanager
+    def open_grpc(self) -> Iterator[tuple[grpc.Channel, Metadata]]:
+        """A gRPC channel to the daemon, and what every call on it needs."""
+        with open_channel(self.grpc_target) as channel:
+            yield channel, metadata_of(self.token)
 
     def open_namespace(
         self,
@@ -146,6 +200,15 @@ class Session:
             )
 
     # --- leases
+
+    @property
+    def wants_renewal(self) -> bool:
+        """Whether a Renew is due when nobody has called for a while."""
+        return bool(self._claims)
+
+    def placement(self, group: pb.LeaseGroup, index: int, ready: int) -> Placement:
+        """The blocks of a lease's group `index`, of which `ready` were readable when it was given."""
+        return Placement(group)
 
     def check_alive(self) -> None:
         """Raise Unavailable if the daemon has gone, as far as can be told without asking."""
@@ -225,7 +288,11 @@ class Session:
         self.link.defer(RELEASE, pb.ReleaseRequest(lease_id=lease_id))
         self._claims.pop(lease_id, None)
 
-    # --- staging
+    # --- storing
+
+    def put_pipeline(self, target: PutTarget, count: int, deadline_s: float) -> Storing:
+        """What stores `count` blocks. Raises as staging() does."""
+        return PutPipeline(self, target, count, deadline_s)
 
     def lacks_staging_for(self, block_nbytes: int) -> bool:
         """Whether this is a fail-open client's session whose staging is smaller than one block."""
@@ -298,7 +365,8 @@ class Session:
                     _log.warning("leases are not renewed while this client is silent: %s", error)
 
 
-def _hello(name: str) -> pb.HelloRequest:
+def hello_of(name: str) -> pb.HelloRequest:
+    """How a client of this version and that name introduces itself."""
     return pb.HelloRequest(protocol_version=PROTOCOL_VERSION, client_version=_version(), client_name=name)
 
 

@@ -6,14 +6,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from kvstore.protocol.errors import DeadlineExceeded, ProtocolMismatch
 from kvstore.protocol.frames import MAX_FDS_PER_MESSAGE
 from kvstore.protocol.slab import GENERATION_BYTES, HEADER_BYTES, read_header
 from kvstore.v1 import kvstore_pb2 as pb
 from kvstore_client._lazy import np
-from kvstore_client.local import LocalLink
 from kvstore_client.memory import POPULATE_STEP_BYTES, map_segment, populate_read
 from kvstore_client.stream import close_all
 
@@ -61,10 +60,17 @@ class Slab:
         return self._generations[slot * GENERATION_BYTES : (slot + slots) * GENERATION_BYTES].tobytes()
 
 
+class SlabSource(Protocol):
+    """Where slabs come from: the attach socket."""
+
+    def map_slabs(self, request: pb.MapSlabsRequest, deadline_s: float) -> tuple[pb.MapSlabsResponse, list[int]]:
+        """See LocalLink.map_slabs."""
+
+
 class SlabCache:
     """The slabs that a session has mapped. Any thread may use it."""
 
-    def __init__(self, link: LocalLink) -> None:
+    def __init__(self, link: SlabSource) -> None:
         self._link = link
         self._slabs: dict[int, Slab] = {}
         self._map_lock = threading.Lock()

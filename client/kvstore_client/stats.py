@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 
 from kvstore.protocol.errors import DeadlineExceeded
 from kvstore_client._lazy import admin_pb2, admin_pb2_grpc, grpc
-from kvstore_client.grpc_link import error_of, metadata_of, open_channel
+from kvstore_client.grpc_link import error_of
 from kvstore_client.session import Session
 
 
@@ -22,10 +22,10 @@ def get_stats(session: Session, deadline_s: float) -> dict[str, Any]:
     remaining_s = deadline_s - time.monotonic()
     if remaining_s <= 0:
         raise DeadlineExceeded("no time was left to ask the daemon")
-    with open_channel(session.grpc_target) as channel:
+    with session.open_grpc() as (channel, metadata):
         stub = admin_pb2_grpc.AdminStub(channel)
         try:
-            reply = stub.GetStats(admin_pb2.GetStatsRequest(), timeout=remaining_s, metadata=metadata_of(session.token))
+            reply = stub.GetStats(admin_pb2.GetStatsRequest(), timeout=remaining_s, metadata=metadata)
         except grpc.RpcError as error:
             raise error_of(error) from error
     stats = _plain(reply)

@@ -91,6 +91,16 @@ class HostTarget:
         for first, stop in ranges:
             np.copyto(self._whole[at : at + count, first:stop], rows[:, first:stop])
 
+    def write(self, block: int, offset: int, data: memoryview) -> None:
+        """Put a piece of a block to its place."""
+        source, at = np.frombuffer(data, np.uint8), block - self._start
+        for piece in (self._whole[at],) if self._whole is not None else self._pieces[at]:
+            if not len(source):
+                break
+            part = source[: max(len(piece) - offset, 0)]
+            np.copyto(piece[offset : offset + len(part)], part)
+            source, offset = source[len(part) :], max(offset - len(piece), 0)
+
     def finish(self) -> None:
         """See Target."""
 

@@ -10,9 +10,11 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from kvstore.bench import footprint, worker
+from kvstore.bench import footprint, remote, worker
 from kvstore.bench.calls import Calls
 from kvstore.bench.cold_codec import NoSample
 from kvstore.bench.daemon import DaemonFailed, SpawnedDaemon, spawned
@@ -27,7 +29,7 @@ from kvstore_client import Client
 
 _COLD_FACTOR = 4  # cold tier of a spawned daemon, in warm pools
 _SPILL_POOL_MIN = 128 << 20  # blocks on their way to disk cannot make room: a pool must hold many times as many
-_NEEDS_OWN_DAEMON = {"put_spill", "idle"}  # they fill a pool to the brim, or want nobody else there
+_NEEDS_OWN_DAEMON = {"put_spill", "idle", "remote_get"}  # they fill a pool to the brim, or want nobody else there
 _PACKAGES = ("kvtier", "grpcio", "protobuf", "numpy", "lmdb", "zstandard", "xxhash", "torch", "cuda-bindings")
 _BATCHES = {"256": 256, "64": 64, "8": 8, "1": 1}
 
@@ -38,6 +40,7 @@ FAILURES = (
     IncompleteTransfer,
     worker.NotSettled,
     NoSample,
+    remote.NoOpenssl,
     ArithmeticError,
     OSError,
     subprocess.SubprocessError,
@@ -87,6 +90,7 @@ class Bench:
         shared = self._names("get_", "put_256", "call_", "match_", "keys_")
         self._attempt(shared, self._on_shared_daemon)
         self._attempt(self._names("put_spill"), self._spill)
+        self._attempt(self._names("remote_get"), self._remote)
         self._attempt(self._names("idle"), self._idle)
         for name, measure in (("import_ratio", footprint.import_ratio), ("kvctl_help_s", footprint.kvctl_help)):
             self._attempt(self._names(name), partial(self._measure, name, partial(measure, scale=self._scale)))
@@ -124,6 +128,10 @@ class Bench:
         with self._daemon(pool) as address, _client(address) as client:
             transfers = self._transfers(client, BIG_BLOCK)
             self._attempt(["put_spill"], partial(self._measure, "put_spill", transfers.put_spill))
+
+    def _remote(self) -> None:
+        with TemporaryDirectory(prefix="kvbench-") as folder:
+            self._measure("remote_get", lambda name: remote.get(name, self._scale, Path(folder)))
 
     def _idle(self) -> None:
         with spawned(self._scale.warm_bytes, self._scale.warm_bytes) as daemon:

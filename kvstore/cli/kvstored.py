@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import click
 
-from kvstore.config import Config, ConfigError, load, prepare_state_dir
+from kvstore.config import Config, ConfigError, load, prepare_state_dir, quiet_grpc
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
@@ -40,6 +40,11 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
     metavar="auto|off|cpu|cuda:N",
     help="GPU of the hot tier; auto is the first one, or off.  [default: auto]",
 )
+@click.option(
+    "--listen",
+    metavar="HOST:PORT",
+    help="TCP for workers on other hosts; needs identities, see SECURITY.md.  [default: off]",
+)
 @click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.  [default: info]")
 @click.version_option(package_name="kvtier", prog_name="kvstored")
 @click.pass_context
@@ -50,7 +55,8 @@ def main(context: click.Context, /, config_file: str | None, **flags: str | None
 
     Every flag can stand in the configuration file as well (warm_bytes = "8GiB"). Only there: drain_grace_s,
     reader_threads, codec, staging_max_bytes, staging_total_bytes, max_sessions, policy, promote_hits, cold_daily_bytes,
-    and tables [tenants.NAME] with uids, gids, warm_bytes, cold_bytes.
+    tls_certificate, tls_key, tls_client_ca, and tables [tenants.NAME] with uids, gids, warm_bytes, cold_bytes, and for
+    --listen sans or token_file, admin_sans or admin_token_file.
     """
     try:
         config = load(flags, config_file)
@@ -62,6 +68,7 @@ def main(context: click.Context, /, config_file: str | None, **flags: str | None
 
 
 def _run(config: Config) -> int:
+    quiet_grpc()
     from kvstore import app  # numpy and grpc: not for --help, nor for a typing error
 
     try:

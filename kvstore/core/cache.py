@@ -20,8 +20,11 @@ from kvstore.core.residency import Limits, Residency
 from kvstore.core.slabs import SlabAllocator, SlotRef
 from kvstore.core.slots import SlotTable
 from kvstore.core.terms import Terms, TermsKeeper
-from kvstore.protocol.errors import InvalidRequest, NotFound
+from kvstore.protocol.errors import InvalidRequest, NotFound, QuotaExceeded
 from kvstore.protocol.slab import slab_target_bytes, slot_bytes_for
+
+NAMESPACES_MAX = 4096
+"""Of a tenant: each is remembered for good, in memory and in a file that is written anew with every one."""
 
 TIER_NAMES = {HOT: "hot", WARM: "warm", COLD: "cold"}
 
@@ -73,6 +76,7 @@ class BlockCache:
         self.moves = Moves(self.residency, self.reads)
         self.gate = BenefitGate(self.index, self.residency, self.reads)
         self.terms = TermsKeeper(self.residency)
+        self._namespaces_of: dict[str, int] = {}  # by tenant
 
     # -- namespaces -------------------------------------------------------------------------------------------
 
@@ -83,9 +87,16 @@ class BlockCache:
 
         Raises:
             InvalidRequest: not one block would fit the warm tier.
+            QuotaExceeded: the tenant has too many already.
         """
         namespace = self.index.namespaces.get(digest)
         if namespace is None:
+            held = self._namespaces_of.get(shape.tenant, 0)
+            if held >= NAMESPACES_MAX:
+                raise QuotaExceeded(
+                    f"the tenant has {held} namespaces, and may have no more: what differs from request to request "
+                    "belongs into the keys (extra), not into the namespace"
+                )
             slot_size = slot_bytes_for(shape.block_nbytes)
             if not self._fits(slot_size):
                 raise InvalidRequest(
@@ -104,6 +115,7 @@ class BlockCache:
                 epoch,
             )
             self.index.namespaces[digest] = namespace
+            self._namespaces_of[shape.tenant] = held + 1
             if terms is not None:
                 self.terms.set(namespace, terms)
         return namespace

@@ -249,11 +249,12 @@ class Moves:
         """The hot tier has answered."""
         residency = self._residency
         block = copy.block
+        lost = block not in self._promoting  # the tier was lost since: who knows which agent took it
         self._promoting.discard(block)
         self._end(HOT, copy)
         if not stored:
             residency.counts[HOT].write_failures += 1
-        elif block.slot is not copy.slot or not residency.up[HOT]:
+        elif block.slot is not copy.slot or not residency.up[HOT] or lost:
             residency.deletes[HOT].append((block.namespace.digest, block.key))
         else:
             residency.counts[HOT].writes += 1
@@ -284,7 +285,9 @@ class Moves:
         return bool(self._condemned)
 
     def tier_lost(self, tier: int, blocks: list[Block]) -> None:
-        """A volatile tier has lost all it had."""
+        """A volatile tier has lost all it had, and what is on its way there."""
+        if tier == HOT:
+            self._promoting.clear()
         for block in reversed(blocks):
             if block.copies & tier:
                 self._residency.drop_below(block, tier, delete=False)

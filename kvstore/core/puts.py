@@ -176,6 +176,7 @@ class Puts:
             self._residency.abandon(slot)
             return None
         block.checksum = item.checksum
+        block.lossy = b""  # a hole may remember the cold copy that it lost
         item.status = PutStatus.STORED
         self._residency.stamp(block)
         if item.passes:

@@ -210,7 +210,7 @@ class Residency:
         if block.spare & WARM:
             if block.hits >= _PASSED:
                 self._count_leaving(block, 1)
-            if not saved:
+            if block in self.dirty:
                 self.urgent[block] = None
         self.orders.insert(block, WARM)
         above = block.parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,12 +115,14 @@ class AgentTier(Tier, Scannable):
             KVStoreError: the agent went away, or its tier keeps nothing.
         """
         position = _position(after)
-        while records := self._scan_page(position):
-            yield from records
-            last = _position(records[-1].ref)
+        page = self._begin_page(position)
+        while messages := self._page(page):
+            last = messages[-1].namespace + messages[-1].key
             if last <= position:
                 raise InternalError(f"{self.name}: the scan does not advance")
             position = last
+            page = self._begin_page(position)  # the agent reads it while this one is made use of
+            yield from map(_record, messages)
 
     def flush(self) -> None:
         """Return once everything written before is durable.
@@ -251,20 +254,29 @@ class AgentTier(Tier, Scannable):
             self._end_agent("")
 
     def _ask(self, method: AgentMethod, payload: bytes, fds: Sequence[int] = ()) -> bytes:
-        try:
+        with self._noting_its_end():
             return self._channel.call(method, payload, self._timeout_s, fds).result()
+
+    @contextlib.contextmanager
+    def _noting_its_end(self) -> Iterator[None]:
+        try:
+            yield
         except AgentLost as error:
             self._end(error)
             raise
 
-    def _scan_page(self, after: bytes) -> list[StoredRecord]:
+    def _begin_page(self, after: bytes) -> Call:
         request = agent_pb2.AgentScanRequest(after=after, limit=SCAN_PAGE_RECORDS)
-        payload = self._ask(AgentMethod.SCAN, request.SerializeToString())
+        with self._noting_its_end():
+            return self._channel.call(AgentMethod.SCAN, request.SerializeToString(), self._timeout_s)
+
+    def _page(self, call: Call) -> Sequence[agent_pb2.AgentRecord]:
+        with self._noting_its_end():
+            payload = call.result()
         try:
-            records = agent_pb2.AgentScanResponse.FromString(payload).records
+            return agent_pb2.AgentScanResponse.FromString(payload).records
         except DecodeError as error:
             raise InternalError(f"{self.name} agent: unreadable page: {error}") from error
-        return [_record(message) for message in records]
 
 
 class _Answers:

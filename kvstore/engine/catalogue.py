@@ -30,6 +30,7 @@ class Catalogue:
         self._clean = folder / _CLEAN
         self._lock = threading.Lock()
         self.entries: dict[bytes, admin_pb2.NamespaceInfo] = {}
+        self._unwritten: dict[bytes, admin_pb2.NamespaceInfo] = {}  # the disk refused them
         self.damaged = False
 
     def load(self) -> None:
@@ -61,25 +62,33 @@ class Catalogue:
             try:
                 self._write()
             except OSError:
-                del self.entries[digest]
+                self._unwritten[digest] = self.entries.pop(digest)
                 raise
+            self._unwritten.pop(digest, None)
 
     def set_epoch(self, digest: bytes, epoch: int) -> None:
         """Remember that a namespace was cleared; durable when it returns.
+
+        Also one that could not be remembered when it was opened: blocks that it had before would be swept at the next
+        start, but that takes time, and if it was opened again meanwhile, the start after that would take them for good.
 
         Raises:
             OSError: the disk refuses. The old epoch stays.
         """
         with self._lock:
-            entry = self.entries.get(digest)
-            if entry is None:  # it could not be remembered when it was opened: nothing of it survives a restart
+            entry = self.entries.get(digest, self._unwritten.get(digest))
+            if entry is None:
                 return
             before, entry.epoch = entry.epoch, epoch
+            self.entries[digest] = entry
             try:
                 self._write()
             except OSError:
                 entry.epoch = before
+                if digest in self._unwritten:
+                    del self.entries[digest]
                 raise
+            self._unwritten.pop(digest, None)
 
     def set_terms(self, digest: bytes, terms: types_pb2.NamespaceTerms) -> None:
         """Remember how a namespace is treated; durable when it returns.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from itertools import takewhile
-from typing import cast
+from typing import NamedTuple, cast
 
 import xxhash
 
-from kvstore.core.block import COLD, WARM, Block
+from kvstore.core.block import COLD, WARM, Block, Namespace
 from kvstore.core.cache import TIER_NAMES, BlockCache
 from kvstore.core.index import KEY_BYTES
 from kvstore.core.slots import Slot, SlotState
@@ -22,6 +22,12 @@ from kvstore.v1 import admin_pb2
 # Of raw bytes in one call of the agent, which is then well within its time even on a slow disk.
 _PAGE_BYTES = 256 << 20
 _PAGE_BLOCKS = 1024
+
+
+class Scratch(NamedTuple):
+    """Fills a slot that a block is read into only to be looked at."""
+
+    namespace: Namespace
 
 
 class Checker:
@@ -123,7 +129,7 @@ class Checker:
         with self._lock:
             if not block.copies & tier or not self._cache.residency.up[tier]:
                 return None
-            slots = self._cache.residency.take(block.namespace, 1, block).slots
+            slots = self._cache.residency.take(block.namespace, 1, Scratch(block.namespace)).slots
         if not slots:
             raise QuotaExceeded("no warm slot is free to read a block into; release leases and try again")
         outcome = self._mover.read_one(tier, block, slots[0])

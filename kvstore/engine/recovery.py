@@ -13,7 +13,7 @@ from kvstore.engine.catalogue import Catalogue
 from kvstore.engine.mover import DurableTier
 from kvstore.engine.treatment import core_terms
 from kvstore.protocol.convert import from_proto
-from kvstore.protocol.errors import InvalidRequest, KVStoreError, Unavailable
+from kvstore.protocol.errors import InvalidRequest, KVStoreError, QuotaExceeded, Unavailable
 from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.tiers.base import BlockRef, StoredRecord
 from kvstore.v1 import admin_pb2
@@ -88,6 +88,6 @@ def _reopen(cache: BlockCache, entry: admin_pb2.NamespaceInfo) -> Namespace | No
     try:
         shape = shape_of(entry.tenant, from_proto(entry.spec))
         return cache.open_namespace(entry.namespace, shape, entry.epoch, core_terms(entry.terms))
-    except InvalidRequest as error:
+    except (InvalidRequest, QuotaExceeded) as error:
         _log.warning("namespace %s is left out: %s", entry.namespace[:8].hex(), error)
         return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import secrets
 import threading
 import time
@@ -26,9 +25,10 @@ from kvstore.core.policy import PolicyFactory
 from kvstore.core.puts import PutPlan, PutStatus, Reject
 from kvstore.core.reads import AcquireGroup, MatchResult
 from kvstore.core.residency import Limits
-from kvstore.core.slabs import SlabState, SlotRef
+from kvstore.core.slabs import SlotRef
 from kvstore.engine.catalogue import Catalogue
 from kvstore.engine.checking import Checker
+from kvstore.engine.doorkeeper import Doorkeeper
 from kvstore.engine.media_stats import MediaStats
 from kvstore.engine.mover import AgentedTier, DurableTier, Mover
 from kvstore.engine.operations import Operations
@@ -40,7 +40,7 @@ from kvstore.engine.sessions import Peer, Session, Sessions
 from kvstore.engine.slab_keeper import SlabKeeper
 from kvstore.engine.snapshot import Snapshots
 from kvstore.engine.treatment import core_terms
-from kvstore.protocol.errors import InvalidRequest, KVStoreError, LeaseExpired, QuotaExceeded, Unavailable
+from kvstore.protocol.errors import InvalidRequest, KVStoreError, LeaseExpired, Unavailable
 from kvstore.protocol.namespace import NamespaceSpec
 from kvstore.tiers.warm import SlabInfo, WarmPool
 from kvstore.v1 import kvstore_pb2, types_pb2
@@ -102,6 +102,7 @@ class Store(Operations):
         self._mover = Mover(self._lock, self._cache, self._pool, clock)
         self._sessions = Sessions(config.staging_max_bytes, config.staging_total_bytes)
         self._slabs = SlabKeeper(self._lock, self._cache, self._pool, headroom, self._slab_retired)
+        self._doorkeeper = Doorkeeper(self._lock, self._cache.allocator, self._pool)
         self._catalogue = Catalogue(config.state_dir)
         self._checker = Checker(self._lock, self._cache, self._pool, self._mover)
         self.instance_id = secrets.token_hex(8)
@@ -120,6 +121,13 @@ class Store(Operations):
 
     def start(self) -> None:
         """Recover what the cold tier holds, and begin to work."""
+        self._recover()
+        self._slabs.start()
+        self._mover.start()
+        self._media_stats.start()
+        self._ticker.start()
+
+    def _recover(self) -> None:
         self._catalogue.load()
         clean = self._catalogue.take_clean_mark()
         cold = self._mover.tier(COLD)
@@ -135,10 +143,6 @@ class Store(Operations):
             _log.info(
                 "recovered %d cold blocks, swept %d, in %.2f s, %s", result.blocks, len(result.swept), took_s, how
             )
-        self._slabs.start()
-        self._mover.start()
-        self._media_stats.start()
-        self._ticker.start()
 
     def tier_up(self, tier: int, capacity_bytes: int) -> None:
         """An agent serves, on a medium that gives `capacity_bytes`."""
@@ -209,29 +213,8 @@ class Store(Operations):
         self._cache.reads.leases.renew(session.id, now)
 
     def map_slabs(self, session: Session, ids: Sequence[int]) -> list[tuple[SlabInfo, int]]:
-        """Geometry and a descriptor (the caller's to close) of the slabs that live and that the session may see.
-
-        0 is the session's staging. Duplicated under the lock: the number of a descriptor that was closed meanwhile
-        could by then name another tenant's slab.
-        """
-        found: list[tuple[SlabInfo, int]] = []
-        try:
-            with self._lock:
-                for slab_id in dict.fromkeys(ids):
-                    info = self._info(session, slab_id)
-                    if info is not None:
-                        found.append((info[0], os.dup(info[1])))
-        except OSError as error:
-            for _, fd in found:
-                os.close(fd)
-            raise QuotaExceeded(f"no descriptor for a slab: {error.strerror}") from error
-        return found
-
-    def _info(self, session: Session, slab_id: int) -> tuple[SlabInfo, int] | None:
-        staging = session.staging
-        if slab_id == 0:
-            return None if staging is None else (SlabInfo(0, staging.nbytes, staging.nbytes, 1, 0), staging.fd)
-        return self._pool.info(slab_id) if self._owned(slab_id, session.tenant) else None
+        """Geometry and a descriptor (the caller's to close) of those slabs that live and that the session may see."""
+        return self._doorkeeper.open(session, ids)
 
     # -- namespaces -------------------------------------------------------------------------------------------
 
@@ -405,6 +388,7 @@ class Store(Operations):
     def put(self, session: Session, request: kvstore_pb2.PutRequest, deadline_s: float) -> tuple[bytes, bytes]:
         """Store blocks from the session's staging segment; one status and one reason per key."""
         namespace = self._namespace(session, request.namespace)
+        epoch = namespace.epoch  # what is cleared from here on, while the call waits for its turn or a slab, is stale
         keys = split_keys(request.keys)
         if self.draining:
             return bytes([PutStatus.REJECTED]) * len(keys), bytes([Reject.DRAINING]) * len(keys)
@@ -416,14 +400,14 @@ class Store(Operations):
             plan = self._begin_put(namespace, request, keys)
             carried = plan is not None and namespace.block_nbytes <= _SMALL_BLOCK_BYTES
             if plan is not None and carried:  # copies of small blocks are mostly bytecode too
-                self._carry_out(plan, source, deadline_s)
+                self._carry_out(plan, source, deadline_s, epoch)
         if plan is None:
             with self._lock:
                 self._slabs.await_slabs(namespace, min(_ROOM_WAIT_S, max(0.0, deadline_s - self._clock())))
             with self._gate(len(keys)), self._lock:
                 plan = self._cache.puts.begin(namespace, request.parent, keys, request.pin)
         if not carried:
-            self._carry_out(plan, source, deadline_s)
+            self._carry_out(plan, source, deadline_s, epoch)
         self._mover.kick_saves()
         return bytes(item.status for item in plan.items), bytes(item.reason for item in plan.items)
 
@@ -438,7 +422,8 @@ class Store(Operations):
             self._slabs.starve(namespace, len(keys))
             return None
 
-    def _carry_out(self, plan: PutPlan, source: Source, deadline_s: float) -> None:
+    def _carry_out(self, plan: PutPlan, source: Source, deadline_s: float, epoch: int) -> None:
+        plan.epoch = epoch
         try:
             copy_in(plan.items, source, self._pool, deadline_s)
         finally:
@@ -460,14 +445,6 @@ class Store(Operations):
 
     def _group(self, session: Session, digest: bytes, keys: bytes, mode: int) -> AcquireGroup:
         return AcquireGroup(self._namespace(session, digest), keys, mode == kvstore_pb2.ACQUIRE_MODE_LAST)
-
-    def _owned(self, slab_id: int, tenant: str) -> bool:
-        """Whether the slab may be passed to the tenant; one that retires is closed without the lock."""
-        try:
-            slab = self._cache.allocator.slab(slab_id)
-        except KeyError:
-            return False
-        return slab.tenant == tenant and slab.state is SlabState.LIVE
 
     def _note_shortage(self) -> None:
         """An acquire was cut for want of slots: get its class some for the next time. A mere miss needs none."""

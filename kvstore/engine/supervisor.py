@@ -340,15 +340,19 @@ class AgentSupervisor(Tier, Scannable):
             process.reaped.wait()
             self._state = f"down: {process.ending}"
         finally:
-            process.end()  # at once, but where on_up() met a defect
-            try:
-                self._on_down()
-            finally:
-                life.mourned.set()
-                with self._table:
-                    self._life = None
-                life.tier.disconnect()
+            self._mourn(life)
         return time.monotonic() - began_s
+
+    def _mourn(self, life: _Life) -> None:
+        """An agent has been reaped: tell of it, and forget it."""
+        life.process.end()  # at once, but where on_up() met a defect
+        try:
+            self._on_down()
+        finally:
+            life.mourned.set()
+            with self._table:
+                self._life = None
+            life.tier.disconnect()
 
     def _introduce(self, process: AgentProcess) -> _Life:
         """Configure a fresh agent, give it the slabs that the last one had, and let it serve."""

@@ -85,10 +85,12 @@ def load(path: Path, block_tokens: int = 0, seed: int = 0, progress: Callable[[i
             if line.strip():
                 try:
                     time_ns, tokens, ids = _parse(line)
-                except (ValueError, KeyError, TypeError) as error:
+                    start_ns = time_ns if start_ns is None else start_ns
+                    time_s = max(0, time_ns - start_ns) / 1e9
+                # Overflow: a time that is infinite, or that no float holds. Recursion: a list in a list in a list ...
+                except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                     raise ValueError(f"{path}:{number} is no request of a trace: {error!r}") from error
-                start_ns = time_ns if start_ns is None else start_ns
-                trace.requests.append(made(chain, max(0, time_ns - start_ns) / 1e9, ids, tokens, block_tokens))
+                trace.requests.append(made(chain, time_s, ids, tokens, block_tokens))
             if progress is not None:
                 progress(len(line))
     if not trace.references:

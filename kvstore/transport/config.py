@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvstore.access import RemoteAccess
 from kvstore.protocol.errors import InvalidRequest
 
 ATTACH_SUFFIX = ".attach"
@@ -28,6 +29,13 @@ class Limits:
         grpc_rpcs: RPCs at a time, each on a thread; further ones get RESOURCE_EXHAUSTED.
         grpc_waits: of these, how many may be Wait or Put, so that others and the health check find a thread.
         grpc_public_streams: of these, how many may be streams that need no token (health Watch, reflection).
+        remote_sessions: clients over TCP, each with a thread for its Hello.
+        remote_calls: calls at a time over TCP, each on a thread; further ones get RESOURCE_EXHAUSTED.
+        remote_waits: of these, how many may be Wait.
+        calls_per_session: of these, how many of one session.
+        remote_streams: and how many Fetch or Store.
+        streams_per_session: of these, how many of one session.
+        remote_connections: TCP connections, with those that have not said yet who they are.
         spin_s: how long a reader polls for a next frame before it sleeps, when frames come closely one after the
             other; 0: never.
     """
@@ -42,6 +50,13 @@ class Limits:
     grpc_rpcs: int = 64
     grpc_waits: int = 40
     grpc_public_streams: int = 8
+    remote_sessions: int = 64
+    remote_calls: int = 64
+    remote_waits: int = 32
+    calls_per_session: int = 16
+    remote_streams: int = 32
+    streams_per_session: int = 4
+    remote_connections: int = 256
     spin_s: float = 50e-6
 
 
@@ -57,6 +72,7 @@ class TransportConfig:
             may be removed (never a socket that somebody still listens on).
         instance_id: differs after every start.
         server_version: told to every client.
+        remote: the TCP listener; None: there is none.
         lease_ttl_s: after which a silent session's leases end; told to every client with how often to renew.
     """
 
@@ -66,6 +82,7 @@ class TransportConfig:
     socket_mode: int = 0o600
     socket_group: str | int | None = None
     owns_paths: bool = False
+    remote: RemoteAccess | None = None
     lease_ttl_s: float = 30.0
     limits: Limits = field(default_factory=Limits)
 

@@ -33,6 +33,7 @@ from kvstore.v1 import kvstore_pb2 as pb
 log = logging.getLogger(__name__)
 
 _MESSAGE_CHARS_MAX = 1000  # of an error: a status is no place for a novel
+_HELLO_BYTES_MAX = 4096  # who has not said who he is gets no 4 MiB for a header that announces them
 _HOT_GAP_S = 200e-6  # a peer that asked again this soon is likely to do so once more
 
 
@@ -152,7 +153,7 @@ class Connection:
     # -- the reader thread
 
     def _greet(self) -> bool:
-        request = self._reader.receive()
+        request = self._reader.receive(_HELLO_BYTES_MAX)
         try:
             session, payload = self._services.greet(self, request)
         except KVStoreError as error:

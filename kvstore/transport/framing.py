@@ -38,8 +38,8 @@ class Request(NamedTuple):
 class OversizeFrame(InvalidRequest):
     """A frame above the limit was announced: it can be answered, and then the stream is of no use."""
 
-    def __init__(self, call_id: int, method: int, length: int) -> None:
-        super().__init__(f"frame of {length} bytes is above the limit of {MAX_PAYLOAD_BYTES}; split the batch")
+    def __init__(self, call_id: int, method: int, length: int, limit: int = MAX_PAYLOAD_BYTES) -> None:
+        super().__init__(f"frame of {length} bytes is above the limit of {limit}; split the batch")
         self.call_id = call_id
         self.method = method
 
@@ -70,12 +70,12 @@ class FrameReader:
                 self._rest = self._read(_NOW)
         return bool(self._rest)
 
-    def receive(self) -> Request:
+    def receive(self, limit: int = MAX_PAYLOAD_BYTES) -> Request:
         """The next frame.
 
         Raises:
             Unavailable: the peer is gone.
-            OversizeFrame: it announced a frame above the limit.
+            OversizeFrame: it announced a frame above `limit`. Nothing was allocated for it.
         """
         data = self._rest
         if data:
@@ -87,8 +87,8 @@ class FrameReader:
         length, call_id, method, status, deadline_ms = HEADER.unpack_from(data)
         total = _HEADER_BYTES + length
         if len(data) != total:
-            if length > MAX_PAYLOAD_BYTES:
-                raise OversizeFrame(call_id, method, length)
+            if length > limit:
+                raise OversizeFrame(call_id, method, length, limit)
             if len(data) < total:
                 data = self._read_to(data, total)
             if len(data) > total:

@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from kvstore.protocol.errors import DeadlineExceeded, KVStoreError, QuotaExceeded
 from kvstore.protocol.frames import MAX_PAYLOAD_BYTES
 from kvstore.transport import sockets
-from kvstore.transport.config import TransportConfig
+from kvstore.transport.config import Limits, TransportConfig
 from kvstore.transport.connection import Connection
 from kvstore.transport.engine import DataEngine, SessionView
 from kvstore.transport.handlers import Handlers, check_deadline
@@ -32,11 +32,11 @@ TOKEN_METADATA = "kvstore-token"
 KVSTORE_SERVICE = kvstore_pb2.DESCRIPTOR.services_by_name["KVStore"].full_name
 ADMIN_SERVICE = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 
-_MESSAGE_CHARS_MAX = 1000  # of an error: it travels in a header
+MESSAGE_CHARS_MAX = 1000  # of an error: it travels in a header
 _FRAMING_BYTES = 64 << 10  # on top of the largest message, so that the limit said is the one of the local RPC
 _NO_DEADLINE_S = 365 * 86400.0  # where a client gives no deadline, gRPC tells of one in the year 2262
-_REPLY_S = 0.03  # what a wait leaves for its answer to travel: gRPC cancels at the deadline and the answer is lost
-_STATUS = {status.value[0]: status for status in grpc.StatusCode}
+REPLY_S = 0.03  # what a wait leaves for its answer to travel: gRPC cancels at the deadline and the answer is lost
+STATUS = {status.value[0]: status for status in grpc.StatusCode}
 _NO_DESCRIPTORS = (
     "MapSlabs answers only on the attach socket, {path}: descriptors cannot travel over gRPC. "
     "Send it there as a frame, on the connection that gave the session token"
@@ -58,7 +58,8 @@ Behavior: TypeAlias = Callable[[bytes, grpc.ServicerContext], bytes]
 AnyHandler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
-def _options() -> list[tuple[str, int]]:
+def server_options() -> list[tuple[str, int]]:
+    """Bounds of messages and connections, for gRPC's core."""
     size = MAX_PAYLOAD_BYTES + _FRAMING_BYTES
     return [
         ("grpc.max_receive_message_length", size),
@@ -129,7 +130,7 @@ class GrpcServer:
         self._server = grpc.server(
             self._pool,
             interceptors=[StreamLimit(limits.grpc_public_streams)],
-            options=_options(),
+            options=server_options(),
             maximum_concurrent_rpcs=limits.grpc_rpcs,
         )
         self._register(handlers.methods(), admin)
@@ -192,27 +193,20 @@ class GrpcServer:
         def behave(payload: bytes, context: grpc.ServicerContext) -> bytes:
             began_s = time.monotonic()
             try:
-                connection, session = self._registry.find(_token(context))
+                connection, session = self._registry.find(token_of(context))
                 self._engine.touch(session)
-                deadline_s = began_s + self._budget_s(context)
+                deadline_s = began_s + budget_s(self._config.limits, context)
                 check_deadline(spec.name, deadline_s)
                 return run(spec, GrpcCall(payload, context, connection, session, deadline_s))
             except KVStoreError as error:
-                context.abort(_STATUS[error.code], str(error)[:_MESSAGE_CHARS_MAX])
+                context.abort(STATUS[error.code], str(error)[:MESSAGE_CHARS_MAX])
 
         return behave
-
-    def _budget_s(self, context: grpc.ServicerContext) -> float:
-        limits = self._config.limits
-        remaining_s = context.time_remaining()
-        if remaining_s is None or remaining_s > _NO_DEADLINE_S:
-            return limits.default_deadline_s
-        return min(remaining_s, limits.max_deadline_s)
 
     def _run_wait(self, spec: MethodSpec, call: GrpcCall) -> bytes:
         with self._place_to_block(), defects_logged(spec.name):
             request = cast("kvstore_pb2.WaitRequest", parse(spec, call.payload))
-            until_s = call.deadline_s - min(_REPLY_S, (call.deadline_s - time.monotonic()) / 4)
+            until_s = call.deadline_s - min(REPLY_S, (call.deadline_s - time.monotonic()) / 4)
             response = self._handlers.wait(request, call.session, until_s, call.context.is_active)
             return response.SerializeToString()
 
@@ -241,5 +235,14 @@ def _run_inline(spec: MethodSpec, call: GrpcCall) -> bytes:
     return answer(spec, call.payload, call.session, call.deadline_s)
 
 
-def _token(context: grpc.ServicerContext) -> str | bytes | None:
+def budget_s(limits: Limits, context: grpc.ServicerContext) -> float:
+    """Seconds that a call may take: what its client gave, within what the daemon allows."""
+    remaining_s = context.time_remaining()
+    if remaining_s is None or remaining_s > _NO_DEADLINE_S:
+        return limits.default_deadline_s
+    return min(remaining_s, limits.max_deadline_s)
+
+
+def token_of(context: grpc.ServicerContext) -> str | bytes | None:
+    """The session token that a call carries."""
     return next((value for key, value in context.invocation_metadata() if key == TOKEN_METADATA), None)

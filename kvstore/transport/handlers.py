@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from kvstore.protocol import convert
-from kvstore.protocol.errors import DeadlineExceeded, PermissionDenied
+from kvstore.protocol.errors import DeadlineExceeded, InvalidRequest, PermissionDenied
 from kvstore.protocol.frames import Method
 from kvstore.transport import checks
 from kvstore.transport.engine import DataEngine, SessionView
@@ -24,6 +24,8 @@ _RENEWALS_PER_TTL = 6
 WAIT_SLICE_S = 0.25
 # A wait answers this much before its deadline, or the answer "not all of it" would itself come too late.
 WAIT_MARGIN_S = 0.005
+SPEC_BYTES_MAX = 64 << 10
+"""Of an OpenNamespace: what it says is remembered for good."""
 
 
 def _always() -> bool:
@@ -77,6 +79,8 @@ class Handlers:
         self, request: pb.OpenNamespaceRequest, session: SessionView, deadline_s: float
     ) -> pb.OpenNamespaceResponse:
         """Open a namespace of the session's tenant."""
+        if request.ByteSize() > SPEC_BYTES_MAX:
+            raise InvalidRequest(f"the namespace takes {request.ByteSize()} bytes; it may take {SPEC_BYTES_MAX}")
         terms = request.terms if request.HasField("terms") else None
         if terms is not None and (terms.HasField("warm_bytes") or terms.HasField("cold_bytes")):
             raise PermissionDenied("what a namespace may hold is for operators to say: kvctl set")

@@ -109,6 +109,21 @@ class KVStoreStub(object):
                 request_serializer=kvstore_dot_v1_dot_kvstore__pb2.ClearRequest.SerializeToString,
                 response_deserializer=kvstore_dot_v1_dot_kvstore__pb2.ClearResponse.FromString,
                 _registered_method=True)
+        self.Hello = channel.unary_stream(
+                '/kvstore.v1.KVStore/Hello',
+                request_serializer=kvstore_dot_v1_dot_kvstore__pb2.HelloRequest.SerializeToString,
+                response_deserializer=kvstore_dot_v1_dot_kvstore__pb2.HelloResponse.FromString,
+                _registered_method=True)
+        self.Fetch = channel.unary_stream(
+                '/kvstore.v1.KVStore/Fetch',
+                request_serializer=kvstore_dot_v1_dot_kvstore__pb2.FetchRequest.SerializeToString,
+                response_deserializer=kvstore_dot_v1_dot_kvstore__pb2.FetchChunk.FromString,
+                _registered_method=True)
+        self.Store = channel.stream_unary(
+                '/kvstore.v1.KVStore/Store',
+                request_serializer=kvstore_dot_v1_dot_kvstore__pb2.StoreChunk.SerializeToString,
+                response_deserializer=kvstore_dot_v1_dot_kvstore__pb2.PutResponse.FromString,
+                _registered_method=True)
 
 
 class KVStoreServicer(object):
@@ -205,6 +220,25 @@ class KVStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Hello(self, request, context):
+        """Over TCP only. The one answer comes at once; the stream stays open, and the session ends with it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Fetch(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Store(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KVStoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -282,6 +316,21 @@ def add_KVStoreServicer_to_server(servicer, server):
                     servicer.Clear,
                     request_deserializer=kvstore_dot_v1_dot_kvstore__pb2.ClearRequest.FromString,
                     response_serializer=kvstore_dot_v1_dot_kvstore__pb2.ClearResponse.SerializeToString,
+            ),
+            'Hello': grpc.unary_stream_rpc_method_handler(
+                    servicer.Hello,
+                    request_deserializer=kvstore_dot_v1_dot_kvstore__pb2.HelloRequest.FromString,
+                    response_serializer=kvstore_dot_v1_dot_kvstore__pb2.HelloResponse.SerializeToString,
+            ),
+            'Fetch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=kvstore_dot_v1_dot_kvstore__pb2.FetchRequest.FromString,
+                    response_serializer=kvstore_dot_v1_dot_kvstore__pb2.FetchChunk.SerializeToString,
+            ),
+            'Store': grpc.stream_unary_rpc_method_handler(
+                    servicer.Store,
+                    request_deserializer=kvstore_dot_v1_dot_kvstore__pb2.StoreChunk.FromString,
+                    response_serializer=kvstore_dot_v1_dot_kvstore__pb2.PutResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -689,6 +738,87 @@ class KVStore(object):
             '/kvstore.v1.KVStore/Clear',
             kvstore_dot_v1_dot_kvstore__pb2.ClearRequest.SerializeToString,
             kvstore_dot_v1_dot_kvstore__pb2.ClearResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Hello(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvstore.v1.KVStore/Hello',
+            kvstore_dot_v1_dot_kvstore__pb2.HelloRequest.SerializeToString,
+            kvstore_dot_v1_dot_kvstore__pb2.HelloResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvstore.v1.KVStore/Fetch',
+            kvstore_dot_v1_dot_kvstore__pb2.FetchRequest.SerializeToString,
+            kvstore_dot_v1_dot_kvstore__pb2.FetchChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Store(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/kvstore.v1.KVStore/Store',
+            kvstore_dot_v1_dot_kvstore__pb2.StoreChunk.SerializeToString,
+            kvstore_dot_v1_dot_kvstore__pb2.PutResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -328,9 +328,13 @@ def test_a_token_that_was_never_given(raw: RawSession) -> None:
 # -- calls without a token
 
 
+ONLY_OVER_TCP = [f"/kvstore.v1.KVStore/{name}" for name in ("Hello", "Fetch", "Store")]
+
+
 def every_rpc() -> list[str]:
     services = (pb.DESCRIPTOR.services_by_name["KVStore"], admin_pb2.DESCRIPTOR.services_by_name["Admin"])
-    return [f"/{service.full_name}/{method.name}" for service in services for method in service.methods]
+    paths = [f"/{service.full_name}/{method.name}" for service in services for method in service.methods]
+    return [path for path in paths if path not in ONLY_OVER_TCP]
 
 
 @pytest.mark.parametrize("path", every_rpc())
@@ -345,6 +349,14 @@ def test_a_call_without_a_token(served: DaemonProcess, path: str) -> None:
                 call(b"", timeout=10, metadata=metadata)
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
             assert "token" in caught.value.details()
+
+
+@pytest.mark.parametrize("path", ONLY_OVER_TCP)
+def test_what_is_for_tcp_is_not_on_the_unix_socket(served: DaemonProcess, path: str) -> None:
+    with RawSession(served.address) as raw, grpc.insecure_channel(served.address) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary(path)(b"", timeout=10, metadata=[("kvstore-token", raw.hello.token.hex())])
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 # -- frames that are none

@@ -21,14 +21,14 @@ TRANSPORTS = ("auto", "grpc")
 @pytest.fixture(scope="module")
 def served() -> Iterator[DaemonProcess]:
     """A daemon that all tests of a module share: each takes a model's name of its own. 128 MiB warm, no hot tier."""
-    with _Daemons() as daemons:
+    with Daemons() as daemons:
         yield daemons.start(warm_bytes="128MiB")
 
 
 @pytest.fixture
 def start_daemon() -> Iterator[StartDaemon]:
     """Starts daemons of the test's own, by keys of the configuration file."""
-    with _Daemons() as daemons:
+    with Daemons() as daemons:
         yield daemons.start
 
 
@@ -52,7 +52,7 @@ def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-class _Daemons:
+class Daemons:
     """Daemons that end with a test."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class _Daemons:
         self._made.append((folder, daemon))
         return daemon.start()
 
-    def __enter__(self) -> _Daemons:
+    def __enter__(self) -> Daemons:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -141,19 +142,20 @@ def test_a_pool_smaller_than_a_block_says_so_and_goes_on(warm_bytes: int) -> Non
 def test_bench_reports_every_result_with_its_targets() -> None:
     command = [sys.executable, "-m", "kvstore.cli.kvctl", "bench", "--spawn", "--quick", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
-    assert done.returncode == 0, done.stderr
+    missing = set() if shutil.which("openssl") else {"remote_get"}  # it makes its certificates
+    assert done.returncode == len(missing), done.stderr
     report = json.loads(done.stdout)
     results = {result["name"]: result for result in report["results"]}
     assert set(results) == {
         "get_256", "get_64", "get_8", "get_1", "get_256k_256", "get_256k_64", "get_256k_8", "get_256k_1", "put_256",
         "put_spill", "call_local_us", "call_grpc_us", "call_busy_p99_us", "match_8192_us", "keys_131072_ms", "idle",
-        "import_ratio", "kvctl_help_s",
-    }  # fmt: skip
+        "import_ratio", "kvctl_help_s", "remote_get",
+    } - missing  # fmt: skip
     for result in results.values():
         assert {"must", "goal", "ok"} <= set(result)
     assert results["get_64"]["bytes"] == 16 << 20
     assert results["get_64"]["ratio_memcpy"] > 0
     assert results["put_spill"]["ratio_empty"] > 0
-    assert report["failures"] == {}
+    assert set(report["failures"]) == missing
     assert report["memcpy_gb_s"] > 0
     assert report["environment"]["full_scale"] is False

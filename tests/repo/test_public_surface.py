@@ -14,6 +14,7 @@ EXPORTED = [
     "EXISTS",
     "REJECTED",
     "STORED",
+    "TLS",
     "Client",
     "DeadlineExceeded",
     "InternalError",
@@ -67,7 +68,7 @@ MAY_BLOCK = [
 SERVICES = {
     kvstore_pb2.DESCRIPTOR.services_by_name["KVStore"]: (
         "OpenSession OpenNamespace MapSlabs Match Exists Acquire Wait Renew Release Handoff Adopt Put Prefetch "
-        "Delete Clear"
+        "Delete Clear Hello Fetch Store"
     ),
     admin_pb2.DESCRIPTOR.services_by_name["Admin"]: (
         "GetStats ListNamespaces ListSessions InspectBlock Evict Flush Verify Compact Drain SetLogLevel Resize Record "

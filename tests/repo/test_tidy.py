@@ -30,8 +30,21 @@ LAZY_IMPORTS = {
 
 # What turns bytes into code or objects of any class. multiprocessing pickles what it hands to a child.
 FORBIDDEN_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "multiprocessing", "pickle", "shelve"}
-FORBIDDEN_CALLS = {"__import__", "eval", "exec"}
-FORBIDDEN_METHODS = {("torch", "load"), ("yaml", "load"), ("yaml", "unsafe_load")}
+FORBIDDEN_CALLS = {"__import__", "compile", "eval", "exec"}
+FORBIDDEN_METHODS = {
+    ("os", "popen"),
+    ("os", "system"),
+    ("subprocess", "getoutput"),
+    ("subprocess", "getstatusoutput"),
+    ("torch", "load"),
+    ("yaml", "full_load"),
+    ("yaml", "load"),
+    ("yaml", "load_all"),
+    ("yaml", "unsafe_load"),
+}
+
+# To be False wherever they are said: np.load's, and those of whatever starts a process.
+FORBIDDEN_FLAGS = {"allow_pickle", "shell"}
 
 # Only these read the environment: a setting has one way in.
 ENVIRONMENT_READERS = ("kvstore/config.py", "client/kvstore_client/")
@@ -174,13 +187,28 @@ def may_run_code(node: ast.AST) -> str:
     named = FORBIDDEN_MODULES.intersection(imported(node))
     if named:
         return f"imports {', '.join(named)}"
+    if isinstance(node, ast.ImportFrom):
+        taken = {(node.module or "", alias.name) for alias in node.names}
+        return "".join(f"takes {owner}.{name}" for owner, name in taken & FORBIDDEN_METHODS)
+    if isinstance(node, ast.Import) and any(alias.asname for alias in node.names):
+        renamed = {alias.name for alias in node.names if alias.asname}
+        return "".join(f"renames {owner}" for owner, _ in FORBIDDEN_METHODS if owner in renamed)
     if isinstance(node, ast.Call):
         owner, name = names_called(node)
         if (owner, name) in FORBIDDEN_METHODS or (owner in ("", "builtins") and name in FORBIDDEN_CALLS):
             return f"calls {owner}.{name}"
-        if any(keyword.arg == "allow_pickle" and not is_false(keyword.value) for keyword in node.keywords):
-            return "allows pickle"
+        for keyword in node.keywords:
+            if keyword.arg in FORBIDDEN_FLAGS and not is_false(keyword.value):
+                return f"sets {keyword.arg}"
     return ""
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["subprocess.run(['ls'], shell=False)", "numpy.load(p, allow_pickle=False)", "re.compile('a')", "import torch"],
+)
+def test_the_rule_against_pickle_lets_the_rest_be(line: str) -> None:
+    assert not any(may_run_code(node) for node in ast.walk(ast.parse(line)))
 
 
 def is_false(node: ast.expr) -> bool:
@@ -205,6 +233,18 @@ def test_nothing_unpickles_or_evaluates() -> None:
         "eval('1')",
         "torch.load(path)",
         "numpy.load(path, allow_pickle=True)",
+        "import shelve",
+        "exec(text)",
+        "compile(text, '', 'exec')",
+        "builtins.eval('1')",
+        "yaml.load(text)",
+        "from torch import load",
+        "import torch as t",
+        "from os import system",
+        "os.popen('ls')",
+        "subprocess.run('ls', shell=True)",
+        "subprocess.Popen(command, shell=wanted)",
+        "subprocess.getoutput('ls')",
     ],
 )
 def test_the_rule_against_pickle_can_fail(line: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvstore import config as config_module
-from kvstore.config import Config, ConfigError, default_addresses, load, prepare_state_dir
+from kvstore.config import Config, ConfigError, default_addresses, load, prepare_state_dir, quiet_grpc
 from kvstore.machine import Machine
 
 GIB = 1 << 30
@@ -51,6 +51,15 @@ def settle(tmp_path: Path, disk: dict[str, int]) -> Settle:
         return load(flags, path, environ={}, machine=machine or FakeMachine())
 
     return call
+
+
+def test_grpc_logs_errors_only_unless_it_is_told_otherwise() -> None:
+    environ: dict[str, str] = {}
+    quiet_grpc(environ)
+    assert environ == {"GRPC_VERBOSITY": "ERROR"}
+    asked = {"GRPC_VERBOSITY": "DEBUG"}
+    quiet_grpc(asked)
+    assert asked == {"GRPC_VERBOSITY": "DEBUG"}
 
 
 # Where values come from
@@ -202,7 +211,7 @@ def test_the_stand_in_is_never_chosen_by_itself_and_says_what_it_is(settle: Sett
         ("tenants = 3", r"tenants: 3 is not a table"),
         ("[tenants.a]\nuid = [1]", r"tenants\.a\.uid: unknown key; did you mean uids\?"),
         ("[tenants.a]\nuids = 1", r"tenants\.a\.uids: 1 is not a list"),
-        ("[tenants.a]\nwarm_bytes = 1048576", r"tenant 'a' has neither uids nor gids"),
+        ("[tenants.a]\nwarm_bytes = 1048576", r"tenant 'a' has no uids, gids, sans or token_file"),
         ('[tenants."a b"]\nuids = [1]', r"'a b' is not a tenant's name"),
         ("[tenants.a]\nuids=[1]\n[tenants.b]\nuids=[1]", r"uid 1 is in 'a' and in 'b'"),
         ('[tenants.a]\nuids=[1]\nwarm_bytes="5GiB"', r"tenants\.a\.warm_bytes: 5GiB is more than the tier's 4GiB"),

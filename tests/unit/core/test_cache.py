@@ -8,9 +8,10 @@ import pytest
 
 from core_checks import check, check_media, check_nothing_left, slots_of
 from core_world import PAGE, TENANT, Answer, World, chain, key, packed, promises
+from kvstore.core import cache as cache_module
 from kvstore.core.block import COLD, HOT, WARM
 from kvstore.core.cache import NamespaceShape, RecoveredBlock
-from kvstore.protocol.errors import InvalidRequest, NotFound
+from kvstore.protocol.errors import InvalidRequest, NotFound, QuotaExceeded
 
 
 @pytest.fixture
@@ -326,3 +327,14 @@ def test_after_everything_has_ended_nothing_is_left() -> None:
     world.delete_all()
     check_nothing_left(world)
     assert not world.media[COLD] and not world.media[HOT]
+
+
+def test_a_tenant_has_so_many_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "NAMESPACES_MAX", 3)
+    world = World()
+    for name in "abc":
+        world.open(name)
+    with pytest.raises(QuotaExceeded, match="has 3 namespaces"):
+        world.open("d")
+    world.open("d", tenant="another")
+    assert world.open("a") is world.cache.index.namespaces[key(("namespace", "a"))]
