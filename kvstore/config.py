@@ -62,7 +62,7 @@ SOCKET_NAME = "kvstore.sock"
 ATTACH_SUFFIX = ".attach"
 SOCKET_PATH_MAX = 107  # sockaddr_un has 108 bytes, the last one for the NUL
 
-_DEVICE_VARIABLES = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
+_DEVICE_VARIABLES = ("CUDA_DEVICE_ORDER", "CUDA_MPS_PIPE_DIRECTORY", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
 _SHARE = 4  # a default takes a quarter of what is there: the machine belongs to the inference workers
 _COLD_DEFAULT_MAX = 64 * GIB
 _HOT_DEFAULT = 2 * GIB

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _PORTABLE, _READ_ONLY = 1, 8  # CU_MEMHOSTREGISTER_*
 _NON_BLOCKING_STREAM = 1
 _UNTIMED_EVENT = 2
+_EXCHANGE = "cuThreadExchangeStreamCaptureMode"
 _WAIT_S = 60.0  # 256 MiB take 0.1 s on the slowest bus: a device that takes so long does not come back
 
 _log = logging.getLogger(__name__)
@@ -71,6 +73,10 @@ def ordinal_of(address: int) -> int:
         return int(calls("cuPointerGetAttribute", attribute, address))
 
 
+class UnfinishedCopy(InternalError):
+    """It cannot be told whether a copy has ended: the memory that it touches must not be used for anything else."""
+
+
 @contextlib.contextmanager
 def device_errors() -> Iterator[None]:
     """The driver's errors as this package's."""
@@ -78,7 +84,9 @@ def device_errors() -> Iterator[None]:
         yield
     except CudaMissing as error:
         raise InvalidRequest(f"device memory cannot be used here: {error}") from error
-    except (CudaError, CudaBroken) as error:
+    except CudaBroken as error:
+        raise UnfinishedCopy(f"the CUDA driver failed: {error}") from error
+    except CudaError as error:
         raise InternalError(f"the CUDA driver failed: {error}") from error
 
 
@@ -98,23 +106,36 @@ class Device:
         self.pins = Pins(self, self._read_only_flag(handle))
         self._lanes_lock = threading.Lock()
         self._idle: list[_Lane] = []
+        self._kept: list[object] = []
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
-        """The device's context on this thread, for now."""
-        self.calls("cuCtxPushCurrent", self._context)
+        """The device's context on this thread, for now.
+
+        Relaxed, or a call of ours would spoil the graph that another thread of the engine captures meanwhile.
+        """
+        calls = self.calls
+        calls("cuCtxPushCurrent", self._context)
         try:
-            yield
+            mode = calls(_EXCHANGE, calls.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+            try:
+                yield
+            finally:
+                calls(_EXCHANGE, mode)
         finally:
-            self.calls("cuCtxPopCurrent")
+            calls("cuCtxPopCurrent")
 
     def begin(self, after: Sequence[After]) -> Transfer:
         """A set of copies that begin once `after` is done.
 
         Raises:
             CudaError: the driver refuses.
+            InvalidRequest: `after` is a stream whose work is being captured, so it has no end to wait for.
         """
         with self.current():
+            for what in after:
+                if not what.is_event and int(self.calls("cuStreamIsCapturing", what.handle)):
+                    raise InvalidRequest("the stream is capturing a graph; read and put outside of the capture")
             lane = self._take()
             try:
                 for what in after:
@@ -128,6 +149,10 @@ class Device:
                 raise
         return Transfer(self, lane)
 
+    def keep(self, *memory: object) -> None:
+        """Hold on to what a copy may still touch whose end cannot be told, for as long as the process lives."""
+        self._kept.extend(memory)
+
     def give(self, lane: _Lane) -> None:
         """A stream on which nothing is under way."""
         with self._lanes_lock:
@@ -137,9 +162,14 @@ class Device:
         with self._lanes_lock:
             if self._idle:
                 return self._idle.pop()
-        stream = self.calls("cuStreamCreate", _NON_BLOCKING_STREAM)
-        done = self.calls("cuEventCreate", _UNTIMED_EVENT)
-        return _Lane(stream, done, self.calls("cuEventCreate", _UNTIMED_EVENT))
+        with contextlib.ExitStack() as made:
+            stream = self.calls("cuStreamCreate", _NON_BLOCKING_STREAM)
+            made.callback(self.calls, "cuStreamDestroy", stream)
+            done = self.calls("cuEventCreate", _UNTIMED_EVENT)
+            made.callback(self.calls, "cuEventDestroy", done)
+            lane = _Lane(stream, done, self.calls("cuEventCreate", _UNTIMED_EVENT))
+            made.pop_all()
+        return lane
 
     def _read_only_flag(self, handle: Any) -> int | None:  # noqa: ANN401 - the driver's own type
         """How to register memory that is mapped for reading only; None where the device cannot."""
@@ -169,21 +199,34 @@ class Transfer:
             self._device.copies.rows(direction, rows, self._lane.stream)
 
     def finish(self) -> None:
-        """Return once nothing is copied any more. Idempotent.
+        """Return once nothing is copied any more, also where a signal's handler raises meanwhile. Idempotent.
 
         Raises:
             CudaBroken: that cannot be told: this process cannot use its device any more.
+            BaseException: what a handler raised; nothing is copied any more.
         """
-        if self._is_over:
-            return
-        self._is_over = True
+        interruption: BaseException | None = None
+        deadline_s = time.monotonic() + _WAIT_S
+        while not self._is_over:
+            try:
+                self._await(deadline_s)
+            except CudaBroken:
+                self._is_over = True
+                raise
+            except BaseException as raised:  # noqa: BLE001 - of a handler: the copy goes on all the same
+                interruption = raised
+        if interruption is not None:
+            raise interruption
+
+    def _await(self, deadline_s: float) -> None:
         calls = self._device.calls
         try:
             with self._device.current():
                 calls("cuEventRecord", self._lane.done, self._lane.stream)
-                await_event(calls, self._lane.done, _WAIT_S)
+                await_event(calls, self._lane.done, deadline_s - time.monotonic())
         except CudaError as error:
             raise CudaBroken(f"copies may still be under way: {error}") from error
+        self._is_over = True
         self._device.give(self._lane)
 
 
@@ -241,11 +284,14 @@ class Pins:
         return pin
 
     def _submit(self, pin: _Pin, is_wanted: bool) -> None:
-        """Queue it. From finalizers too, so it takes no lock that a caller may hold."""
+        """Queue it. What is not wanted comes from finalizers, so it takes no lock that their thread may hold."""
         self._jobs.put((pin, is_wanted))
-        if self._thread is None and is_wanted:
-            self._thread = threading.Thread(target=self._work, name="kvstore-client-pins", daemon=True)
-            self._thread.start()
+        if not is_wanted:
+            return
+        with self._lock:  # one thread only: it registers and lets go in the order of the queue
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="kvstore-client-pins", daemon=True)
+                self._thread.start()
 
     def _work(self) -> None:
         while True:
@@ -255,12 +301,14 @@ class Pins:
                     if is_wanted:
                         pin.is_pinned = self._register(pin.array)
                     elif pin.is_pinned:
-                        pin.is_pinned = False
                         self._device.calls("cuMemHostUnregister", pin.array.ctypes.data)
+                        pin.is_pinned = False
             except (CudaError, CudaBroken) as error:
                 _log.warning("memory stays as it is registered: %s", error)
             pin.tried.set()
-            if not is_wanted:
+            # What stays registered stays mapped too: at an address that is used again the driver would copy from the
+            # pages of before.
+            if not is_wanted and not pin.is_pinned:
                 with self._lock:
                     self._pins.pop(int(pin.array.ctypes.data), None)
             del pin  # or the mapping would live until the next job

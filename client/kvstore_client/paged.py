@@ -180,6 +180,22 @@ class PagedCache:
         return kernels
 
     def _prove(self, kernels: Any, layer: _Layer) -> None:  # noqa: ANN401
+        """Both ways with noise, on pages of its own: those of an engine that starts are all zero."""
+        count, device = self.pages_per_block, self.device
+        like = layer.pages[:count] if count <= self.pages else layer.pages[:1].repeat_interleave(count, 0)
+        plain_pages, fast_pages = torch.zeros_like(like), torch.zeros_like(like)  # strides of the same order
+        noise = torch.randint(0, 256, (1, self._layout.nbytes), dtype=torch.uint8, device=device)
+        ids = torch.arange(count - 1, -1, -1, device=device)
+        copy_pages(self._block_side(noise, layer), plain_pages, ids, to_pages=True)
+        kernels.copy_pages(self._block_side(noise, layer), fast_pages, ids, True)
+        plain, fast = torch.zeros_like(noise), torch.zeros_like(noise)
+        copy_pages(self._block_side(plain, layer), plain_pages, ids, to_pages=False)
+        kernels.copy_pages(self._block_side(fast, layer), plain_pages, ids, False)
+        if not torch.equal(plain_pages, fast_pages) or not torch.equal(plain, fast):
+            raise InvalidRequest("the Triton kernels gave other bytes than plain torch")
+        self._prove_where_it_lies(kernels, layer)
+
+    def _prove_where_it_lies(self, kernels: Any, layer: _Layer) -> None:  # noqa: ANN401
         ids = torch.arange(min(self.pages_per_block, self.pages), device=self.device).repeat(self.pages_per_block)
         ids = ids[: self.pages_per_block]
         plain = torch.zeros((1, self._layout.nbytes), dtype=torch.uint8, device=self.device)

@@ -19,6 +19,7 @@ from kvstore.protocol.slab import align_up
 from kvstore.v1 import kvstore_pb2 as pb
 from kvstore_client._lazy import np, xxhash
 from kvstore_client.buffers import BlockBuffers
+from kvstore_client.device import UnfinishedCopy
 from kvstore_client.device_buffers import DeviceBuffers
 from kvstore_client.outcomes import PutOutcome, PutStatus, RejectReason, decode
 from kvstore_client.rpc import PUT, Pending
@@ -183,6 +184,8 @@ class PutPipeline:
                 pin = self._target.pin and (first + count == self._count or not self._target.is_chain)
                 target = replace(self._target, pin=pin)
                 flight = start_put(self._session, self._staging, target, place, part, self._deadline_s)
+            except UnfinishedCopy:  # the device may write there later: the range is nobody's any more
+                raise
             except BaseException:
                 self._staging.give(place)
                 raise

@@ -110,6 +110,8 @@ class StagedBuffers:
     def put(self, keys: Keys | bytes, timeout_s: float = PUT_TIMEOUT_S, *, pin: bool = False) -> list[PutOutcome]:
         """Store the first len(keys) buffers, `pin` as in Namespace.put(). They may be filled and put again afterwards.
 
+        A copy that a device makes to them must have ended, here and before close(): the room is others' from then on.
+
         Returns:
             One outcome a key: STORED, EXISTS, or REJECTED(reason).
 

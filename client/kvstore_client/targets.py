@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from kvstore.protocol.cuda_calls import CudaBroken
 from kvstore.protocol.cuda_copies import Direction, Rows
 from kvstore.protocol.cuda_copies import Run as CopyRun
 from kvstore.protocol.layout import KVLayout
@@ -156,7 +157,11 @@ class DeviceTarget:
         transfer, self._transfer = self._transfer, None
         if transfer is not None:
             with device_errors():
-                transfer.finish()
+                try:
+                    transfer.finish()
+                except CudaBroken:
+                    self._device.keep(self._buffers.owner, *self._slabs)
+                    raise
             self._after = ()
         self._slabs.clear()
 
@@ -185,6 +190,7 @@ def copy_to_host(
 
     Raises:
         InternalError: the driver refuses.
+        UnfinishedCopy: rows may still be written to.
     """
     count, nbytes = rows.shape
     to, pitch = int(rows.ctypes.data), int(rows.strides[0])
@@ -204,7 +210,11 @@ def copy_to_host(
                 ]
                 transfer.runs(Direction.FROM_DEVICE, runs, pinned=pinned)
         finally:
-            transfer.finish()
+            try:
+                transfer.finish()
+            except CudaBroken:
+                owner.keep(buffers.owner, memory)
+                raise
 
 
 def _fill(pieces: Sequence[NDArray[np.uint8]], row: NDArray[np.uint8], ranges: Ranges) -> None:

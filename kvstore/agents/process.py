@@ -48,6 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     frames = FrameSocket(connection)
     try:
         return _serve(frames)
+    except CudaBroken as error:
+        _end_without_device(error)
     finally:
         frames.close()
 
@@ -70,10 +72,17 @@ def _harden() -> None:
 
 def _end_process(failure: threading.ExceptHookArgs) -> NoReturn:
     """An unexpected error in a lane: the supervisor's restart is the one way to recover."""
-    if isinstance(failure.exc_value, CudaBroken):  # the device's failure and not ours: a line, and no traceback
-        sys.stderr.write(f"agent[{os.getpid()}] ERROR the device cannot go on: {failure.exc_value}\n")
-    elif failure.exc_value is not None:
+    if isinstance(failure.exc_value, CudaBroken):
+        _end_without_device(failure.exc_value)
+    if failure.exc_value is not None:
         sys.excepthook(failure.exc_type, failure.exc_value, failure.exc_traceback)
+    sys.stderr.flush()
+    os._exit(EXIT_DEFECT)
+
+
+def _end_without_device(error: CudaBroken) -> NoReturn:
+    """The device's failure and not ours: a line, and no traceback. At once: a lane may hang in the driver."""
+    sys.stderr.write(f"agent[{os.getpid()}] ERROR the device cannot go on: {error}\n")
     sys.stderr.flush()
     os._exit(EXIT_DEFECT)
 

@@ -95,17 +95,7 @@ class CudaCalls:
             CudaBroken: no further call will succeed.
             CudaError: any other failure, also a function that this driver does not have.
         """
-        function = getattr(self.api, name, None)
-        if function is None:
-            raise CudaError(f"{name}: this version of cuda-bindings does not have it", "CUDA_ERROR_NOT_SUPPORTED")
-        try:
-            result, *given = function(*arguments)
-        except TypeError as error:  # bindings of another version: what else can be done is the caller's to know
-            raise CudaError(
-                f"{name}: cuda-bindings takes other arguments: {error}", "CUDA_ERROR_NOT_SUPPORTED"
-            ) from error
-        except RuntimeError as error:  # the bindings' own way to say that the library lacks a symbol, or is not there
-            raise CudaMissing(f"{name}: {error}") from error
+        result, given = self._call(name, arguments)
         if int(result) != _SUCCESS:
             raise self._error(name, result)
         if len(given) <= 1:
@@ -118,7 +108,7 @@ class CudaCalls:
         Raises:
             CudaError, CudaBroken: it cannot be told.
         """
-        (result,) = self.api.cuEventQuery(event)
+        result, _ = self._call("cuEventQuery", (event,))
         if int(result) == _SUCCESS:
             return True
         if getattr(result, "name", "") == _NOT_READY:
@@ -128,6 +118,22 @@ class CudaCalls:
     def has(self, name: str) -> bool:
         """Whether the driver has a function of this name."""
         return hasattr(self.api, name)
+
+    def _call(self, name: str, arguments: tuple[Any, ...]) -> tuple[Any, list[Any]]:
+        function = getattr(self.api, name, None)
+        if function is None:
+            raise CudaError(f"{name}: this version of cuda-bindings does not have it", "CUDA_ERROR_NOT_SUPPORTED")
+        try:
+            result, *given = function(*arguments)
+        except TypeError as error:  # bindings of another version: what else can be done is the caller's to know
+            raise CudaError(
+                f"{name}: cuda-bindings takes other arguments: {error}", "CUDA_ERROR_NOT_SUPPORTED"
+            ) from error
+        except (KeyError, ValueError) as error:  # how the bindings meet a result that a newer driver has and they lack
+            raise CudaError(f"{name}: cuda-bindings does not know what the driver answered: {error}") from error
+        except RuntimeError as error:  # the bindings' own way to say that the library lacks a symbol, or is not there
+            raise CudaMissing(f"{name}: {error}") from error
+        return result, given
 
     def _error(self, call: str, result: Any) -> Exception:  # noqa: ANN401 - a CUresult
         name = getattr(result, "name", str(result))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from kvstore.protocol.cuda_calls import CudaBroken, CudaCalls, CudaError
 
 _BATCH_MIN = 4  # fewer runs are called one by one
+_PITCH_MAX = (1 << 31) - 1  # CU_DEVICE_ATTRIBUTE_MAX_PITCH of every device so far
 # A block of 2 MiB takes some 100 us over PCIe. What takes longer loses little by a step of sleep.
 _SPIN_S = 200e-6
 _STEP_S = 50e-6
@@ -90,7 +91,17 @@ class AsyncCopies:
         Raises:
             CudaError: the driver refuses; some may be under way.
         """
-        runs = merged(runs)
+        fewer = merged(runs)
+        try:
+            self._runs(direction, fewer, stream, pinned)
+        except CudaError:
+            # Neighbours can lie in two allocations, across whose border the driver does not copy. What is under way by
+            # now is copied again: the same bytes to the same places.
+            if len(fewer) == len(runs):
+                raise
+            self._runs(direction, runs, stream, pinned)
+
+    def _runs(self, direction: Direction, runs: Sequence[Run], stream: Any, pinned: bool) -> None:  # noqa: ANN401
         if self._may_batch and pinned and len(runs) >= _BATCH_MIN:
             try:
                 self._batch(runs, stream)
@@ -105,6 +116,11 @@ class AsyncCopies:
         """Copy rows, to the device or from it. Raises as runs() does."""
         if rows.width == rows.to_pitch == rows.source_pitch:
             self._calls(direction.value, rows.to, rows.source, rows.width * rows.height, stream)
+            return
+        if rows.height == 1 or max(rows.to_pitch, rows.source_pitch) > _PITCH_MAX:
+            for row in range(rows.height):
+                to, source = rows.to + row * rows.to_pitch, rows.source + row * rows.source_pitch
+                self._calls(direction.value, to, source, rows.width, stream)
             return
         api = self._calls.api
         host, device = api.CUmemorytype.CU_MEMORYTYPE_HOST, api.CUmemorytype.CU_MEMORYTYPE_DEVICE

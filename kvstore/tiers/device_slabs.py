@@ -11,7 +11,7 @@ import logging
 import threading
 from typing import NamedTuple
 
-from kvstore.protocol.cuda_calls import CudaOutOfMemory
+from kvstore.protocol.cuda_calls import CudaError, CudaOutOfMemory
 from kvstore.tiers.cuda_memory import DeviceMemory, DevicePiece
 
 _SLAB_MIN_BYTES, _SLAB_MAX_BYTES = 64 << 20, 512 << 20
@@ -68,7 +68,11 @@ class DeviceSlabs:
         self._next_id = 0
         self._retiring: set[int] = set()  # to be given back once they are whole
         self.asked_bytes = capacity_bytes
-        self._grow(max(1, capacity_bytes // self.slab_bytes))
+        try:
+            self._grow(max(1, capacity_bytes // self.slab_bytes))
+        except CudaError:
+            self.close()
+            raise
         if not self._slabs:
             raise CudaOutOfMemory(f"not even one slab of {self.slab_bytes} bytes is free on the device")
 
@@ -177,4 +181,9 @@ class DeviceSlabs:
         for slab_id in self._retiring.intersection(self._whole):
             self._whole.remove(slab_id)
             self._retiring.remove(slab_id)
-            self._memory.give(self._slabs.pop(slab_id).piece)
+            try:
+                self._memory.give(self._slabs.pop(slab_id).piece)
+            except (
+                CudaError
+            ) as error:  # it is whoever gave the last slot back that comes by here, and none of his doing
+                _log.warning("%d bytes stay taken until this process ends: %s", self.slab_bytes, error)

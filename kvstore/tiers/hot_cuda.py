@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstore.protocol.cuda_calls import CudaError
+from kvstore.protocol.cuda_calls import CudaError, CudaOutOfMemory
 from kvstore.protocol.cuda_copies import Direction, Run
 from kvstore.tiers.base import BlockRef, Outcome, Tier, TierItem, WriteResult
 from kvstore.tiers.checksums import block_checksum
@@ -80,7 +80,7 @@ class HotCuda(Tier):
         try:
             self._pins = PinnedSlabs(device, memory)
             self._copier = Copier(device)
-            self._slabs = DeviceSlabs(DeviceMemory(device, exportable=exportable), capacity_bytes)
+            self._slabs = _slabs(device, capacity_bytes, exportable)
         except CudaError:
             device.close()
             raise
@@ -300,19 +300,33 @@ class HotCuda(Tier):
         inward = direction is Direction.TO_DEVICE
         try:
             pinned = all(self._pins.pin(slab_id) for slab_id in {part.item.range.slab_id for part in parts})
+        except KeyError:  # unmapped since it was looked up
+            self._tally.add("unmapped", len(parts))
+            return None
+        try:
             copying = self._copier.start(direction, [_run(part, inward) for part in parts], pinned=pinned)
             try:
                 sound = _checked(parts) if inward else {}
             finally:
                 copying.wait()
-        except KeyError:  # unmapped since it was looked up
-            self._tally.add("unmapped", len(parts))
-            return None
         except CudaError as error:
             self._tally.add("copy_errors", len(parts))
             _log.warning("%d copies failed: %s", len(parts), error)
             return None
         return sound if inward else _checked(parts)
+
+
+def _slabs(device: CudaDevice, capacity_bytes: int, exportable: bool) -> DeviceSlabs:
+    memory = DeviceMemory(device, exportable=exportable)
+    try:
+        return DeviceSlabs(memory, capacity_bytes)
+    except CudaOutOfMemory:
+        raise
+    except CudaError as error:  # a device may claim what its container or hypervisor forbids
+        if not memory.is_exportable:
+            raise
+        _log.warning("device memory cannot be shared with other processes: %s", error)
+        return DeviceSlabs(DeviceMemory(device, exportable=False), capacity_bytes)
 
 
 def _run(part: _Part, inward: bool) -> Run:

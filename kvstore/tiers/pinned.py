@@ -42,6 +42,7 @@ class PinnedSlabs:
         self._memory = memory
         self._lock = threading.Lock()  # not held while a slab is registered: that takes milliseconds
         self._slabs: dict[int, _Slab] = {}
+        self._stuck: list[_Slab] = []
 
     def pin(self, slab_id: int) -> bool:
         """Register a slab, if that has not been tried yet; whether it is pinned.
@@ -68,8 +69,12 @@ class PinnedSlabs:
         self._device.enter()
         with self._lock:
             slab = self._slabs.pop(slab_id, None)
-        if slab is not None and slab.is_pinned:
-            self._unregister(slab_id, slab.array)
+        if slab is None:
+            return
+        with slab.lock:  # whoever registers it right now is done then, and nobody begins to any more
+            if slab.is_pinned:
+                self._unregister(slab_id, slab)
+            slab.is_pinned = False
 
     def close(self) -> None:
         """Forget every slab."""
@@ -87,8 +92,10 @@ class PinnedSlabs:
             return False
         return True
 
-    def _unregister(self, slab_id: int, array: NDArray[np.uint8]) -> None:
+    def _unregister(self, slab_id: int, slab: _Slab) -> None:
         try:
-            self._device.calls("cuMemHostUnregister", array.ctypes.data)
-        except CudaError as error:  # its pages go when this process does
-            _log.warning("slab %d stays pinned: %s", slab_id, error)
+            self._device.calls("cuMemHostUnregister", slab.array.ctypes.data)
+        except CudaError as error:
+            # It stays mapped too: at an address that is used again the driver would copy from the pages of before.
+            self._stuck.append(slab)
+            _log.warning("slab %d stays pinned and mapped until this process ends: %s", slab_id, error)

@@ -31,6 +31,25 @@ process.open_medium = lambda config, memory: Medium(Defective(config.capacity_by
 sys.exit(process.main(sys.argv[1:]))
 """
 
+# One whose device is beyond repair when a slab is to be let go, which the receiving thread does.
+BROKEN = """
+import sys
+from kvstore.agents import process
+from kvstore.agents.media import Medium
+from kvstore.protocol.cuda_calls import CudaBroken
+from kvstore.tiers.host import HostMemoryTier
+
+def broken(slab_id):
+    raise CudaBroken("cuMemHostUnregister: gone")
+
+def open_medium(config, memory):
+    memory.on_unmap = broken
+    return Medium(HostMemoryTier(config.capacity_bytes, memory))
+
+process.open_medium = open_medium
+sys.exit(process.main(sys.argv[1:]))
+"""
+
 
 class Spoken:
     """A started agent, and the daemon's end of its socket."""
@@ -147,6 +166,15 @@ def test_a_defect_ends_the_process_and_says_where(spoken: Start) -> None:
     status, errors = agent.ending()
     assert status == EXIT_DEFECT
     assert "ZeroDivisionError: nobody thought of this" in errors
+
+
+def test_a_device_beyond_repair_ends_the_process_with_a_line(spoken: Start) -> None:
+    agent = spoken(["-c", BROKEN])
+    agent.configure()
+    agent.frames.send(1, AgentMethod.UNMAP_SLAB, agent_pb2.AgentUnmapSlab(slab_id=1).SerializeToString())
+    status, errors = agent.ending()
+    assert status == EXIT_DEFECT
+    assert errors.endswith("ERROR the device cannot go on: cuMemHostUnregister: gone\n") and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [[], ["1", "2"], ["three"], ["-1"], ["0"], ["999"]])

@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 GRANULARITY = 64 << 10
+# What the driver calls potentially unsafe while any thread captures.
+_UNSAFE = {"cuMemHostRegister", "cuMemHostUnregister", "cuMemAlloc", "cuMemFree", "cuEventQuery", "cuStreamCreate"}
 _FIRST_ADDRESS = 0x7F00_0000_0000_0000  # no process has memory there
 
 
@@ -38,6 +40,7 @@ class CUresult(IntEnum):
     CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED = 713
     CUDA_ERROR_LAUNCH_FAILED = 719
     CUDA_ERROR_NOT_SUPPORTED = 801
+    CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
 
 
 class CUdevice_attribute(IntEnum):
@@ -46,20 +49,15 @@ class CUdevice_attribute(IntEnum):
     CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED = 113
 
 
-class CUpointer_attribute(IntEnum):
-    CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL = 9
+class CUstreamCaptureMode(IntEnum):
+    CU_STREAM_CAPTURE_MODE_GLOBAL = 0
+    CU_STREAM_CAPTURE_MODE_RELAXED = 2
 
 
-class CUmemAllocationType(IntEnum):
-    CU_MEM_ALLOCATION_TYPE_PINNED = 1
-
-
-class CUmemAllocationHandleType(IntEnum):
-    CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR = 1
-
-
-class CUmemLocationType(IntEnum):
-    CU_MEM_LOCATION_TYPE_DEVICE = 1
+CUpointer_attribute = IntEnum("CUpointer_attribute", {"CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL": 9})
+CUmemAllocationType = IntEnum("CUmemAllocationType", {"CU_MEM_ALLOCATION_TYPE_PINNED": 1})
+CUmemAllocationHandleType = IntEnum("CUmemAllocationHandleType", {"CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR": 1})
+CUmemLocationType = IntEnum("CUmemLocationType", {"CU_MEM_LOCATION_TYPE_DEVICE": 1})
 
 
 class CUmemAccess_flags(IntEnum):
@@ -67,12 +65,8 @@ class CUmemAccess_flags(IntEnum):
     CU_MEM_ACCESS_FLAGS_PROT_READWRITE = 3
 
 
-class CUmemAllocationGranularity_flags(IntEnum):
-    CU_MEM_ALLOC_GRANULARITY_MINIMUM = 0
-
-
-class CUmemcpySrcAccessOrder(IntEnum):
-    CU_MEMCPY_SRC_ACCESS_ORDER_STREAM = 1
+CUmemAllocationGranularity_flags = IntEnum("CUmemAllocationGranularity_flags", {"CU_MEM_ALLOC_GRANULARITY_MINIMUM": 0})
+CUmemcpySrcAccessOrder = IntEnum("CUmemcpySrcAccessOrder", {"CU_MEMCPY_SRC_ACCESS_ORDER_STREAM": 1})
 
 
 class CUmemorytype(IntEnum):
@@ -116,7 +110,7 @@ class FakeDriver:
     CUmemAllocationType, CUmemAllocationHandleType = CUmemAllocationType, CUmemAllocationHandleType
     CUmemLocationType, CUmemAccess_flags = CUmemLocationType, CUmemAccess_flags
     CUmemAllocationGranularity_flags, CUmemcpySrcAccessOrder = CUmemAllocationGranularity_flags, CUmemcpySrcAccessOrder
-    CUmemorytype = CUmemorytype
+    CUmemorytype, CUstreamCaptureMode = CUmemorytype, CUstreamCaptureMode
     CUmemAllocationProp = staticmethod(_structure(type=0, requestedHandleTypes=0, location=_structure(type=0, id=0)))
     CUmemAccessDesc = staticmethod(_structure(location=_structure(type=0, id=0), flags=0))
     CUmemcpyAttributes = staticmethod(_structure(srcAccessOrder=0))
@@ -131,13 +125,16 @@ class FakeDriver:
         self.attributes = attributes
         self.calls: list[tuple[Any, ...]] = []
         self.registered: dict[int, tuple[int, int]] = {}  # host address: bytes, flags
+        self.capturing: int | None = None  # a stream whose work another thread captures: spoilt by many a call
+        self.spoilt_by: list[str] = []
         self.before_call: Callable[[str], None] = lambda name: None
         self._lock = threading.RLock()
         self._refusals: dict[str, tuple[int, Refusal]] = {}
         self._counts: Counter[str] = Counter()
         self._current = threading.local()
         self._contexts: Counter[int] = Counter()
-        self._next = _FIRST_ADDRESS
+        self._next = _FIRST_ADDRESS - (1 << 40)  # of handles, streams and events
+        self._next_address = _FIRST_ADDRESS
         self._spans: dict[int, _Span] = {}
         self._handles: dict[int, _Memory] = {}
         self._exported: dict[int, _Memory] = {}  # by inode
@@ -198,6 +195,9 @@ class FakeDriver:
                 self.calls.append((name, *arguments))
                 self._counts[name] += 1
                 after, how = self._refusals.get(name, (1 << 60, CUresult.CUDA_SUCCESS))
+                if self.capturing is not None and name in _UNSAFE and not getattr(self._current, "mode", 0):
+                    self.spoilt_by.append(name)
+                    return (CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
                 if self._counts[name] > after:
                     refused = how(*arguments) if not isinstance(how, CUresult) else (how,)
                     if refused is not None:
@@ -250,6 +250,15 @@ class FakeDriver:
         self._need_context()
         context: int = self._current.stack.pop()
         return context
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: CUstreamCaptureMode) -> CUstreamCaptureMode:
+        before = getattr(self._current, "mode", CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL)
+        self._current.mode = mode
+        return CUstreamCaptureMode(before)
+
+    def cuStreamIsCapturing(self, stream: int) -> int:
+        self._need_context()
+        return int(stream == self.capturing)
 
     def cuPointerGetAttribute(self, attribute: CUpointer_attribute, address: int) -> int:
         self._range(address, 1, 0)
@@ -313,6 +322,7 @@ class FakeDriver:
         return address
 
     def cuMemFree(self, address: int) -> None:
+        self._need_context()
         memory = self._spans.pop(address).memory
         assert memory is not None
         self._drop(memory)
@@ -324,6 +334,7 @@ class FakeDriver:
         self.registered[address] = (nbytes, flags)
 
     def cuMemHostUnregister(self, address: int) -> None:
+        self._need_context()
         if self.registered.pop(address, None) is None:
             raise _Refused(CUresult.CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED)
 
@@ -334,12 +345,14 @@ class FakeDriver:
         return self._next
 
     def cuStreamDestroy(self, stream: int) -> None:
+        self._need_context()
         assert self._done[stream] == len(self._streams.pop(stream)), "destroyed with copies under way"
 
     def cuStreamSynchronize(self, stream: int) -> None:
         self._run(stream, len(self._streams[stream]))
 
     def cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> None:
+        self._need_context()
         other, upto = self._events[event]
         self._streams[stream].append(lambda: self._run(other, upto))
 
@@ -353,6 +366,7 @@ class FakeDriver:
         del self._events[event]
 
     def cuEventRecord(self, event: int, stream: int) -> None:
+        self._need_context()
         assert event in self._events
         self._events[event] = (stream, len(self._streams[stream]))
 
@@ -426,15 +440,16 @@ class FakeDriver:
         return self._next
 
     def _span(self, nbytes: int) -> int:
-        self._next = (self._next // GRANULARITY + 1) * GRANULARITY
-        address = self._next
+        address = self._next_address  # without a gap, as a driver does: a copy may not cross from one into the next
         self._spans[address] = _Span(nbytes)
-        self._next += nbytes
+        self._next_address += -(-nbytes // GRANULARITY) * GRANULARITY
         return address
 
     def _range(self, address: int, nbytes: int, access: int) -> NDArray[np.uint8]:
         for base, span in self._spans.items():
-            if base <= address and address + nbytes <= base + span.nbytes:
+            if base <= address < base + span.nbytes:
+                if address + nbytes > base + span.nbytes:
+                    raise _Refused(CUresult.CUDA_ERROR_INVALID_VALUE)
                 if span.memory is None or span.flags & access != access:
                     break
                 return span.memory.data[address - base : address - base + nbytes]

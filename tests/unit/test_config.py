@@ -152,8 +152,8 @@ def test_the_first_gpu_is_taken_where_there_is_one(settle: Settle) -> None:
 
 
 def test_a_driver_is_found_where_the_daemon_finds_it_and_nothing_else_goes_on() -> None:
-    environ = {"LD_LIBRARY_PATH": "/opt/cuda", "CUDA_VISIBLE_DEVICES": "1", "AWS_SECRET_ACCESS_KEY": "x", "HOME": "/h"}
-    assert config_module.device_environment(environ) == {"LD_LIBRARY_PATH": "/opt/cuda", "CUDA_VISIBLE_DEVICES": "1"}
+    wanted = {"LD_LIBRARY_PATH": "/opt/cuda", "CUDA_VISIBLE_DEVICES": "1", "CUDA_MPS_PIPE_DIRECTORY": "/run/mps"}
+    assert config_module.device_environment(wanted | {"AWS_SECRET_ACCESS_KEY": "x", "HOME": "/h"}) == wanted
 
 
 def test_a_share_of_the_device_is_told_from_a_size(settle: Settle) -> None:

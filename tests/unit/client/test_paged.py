@@ -89,16 +89,28 @@ def test_a_tensor_of_its_own_for_each_layer_of_different_width() -> None:
     assert torch.equal(blocks.view(torch.float16), rows)
 
 
-def test_kernels_that_give_other_bytes_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wrong", ["nothing", "scatter", "gather"])
+@pytest.mark.parametrize("filled", [True, False], ids=["noise", "zeros"])
+def test_kernels_that_give_other_bytes_are_not_used(monkeypatch: pytest.MonkeyPatch, wrong: str, filled: bool) -> None:
+    """Also where the cache is all zero, as an engine's is when it starts."""
     axes, layout = AXES["flash"], layout_of(AXES["flash"], "bfloat16", 1)
     for name, module in fake_triton.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     fake_triton.forget_kernels()
     import kvstore_client.paged_triton as kernels_module
 
-    monkeypatch.setattr(kernels_module, "copy_pages", lambda *arguments: None)
+    right = kernels_module.copy_pages
+
+    def copy_pages(blocks: torch.Tensor, pages: torch.Tensor, ids: torch.Tensor, to_pages: bool) -> None:
+        if wrong != "nothing" and to_pages != (wrong == "scatter"):
+            right(blocks, pages, ids, to_pages)
+
+    monkeypatch.setattr(kernels_module, "copy_pages", copy_pages)
+    layers = [layer if filled else torch.zeros_like(layer) for layer in random_layers(axes, "bfloat16")]
+    before = [layer.clone() for layer in layers]
     with pytest.raises(InvalidRequest, match="gave other bytes than plain torch"):
-        PagedCache(random_layers(axes, "bfloat16"), axes, layout, kernels=True)
+        PagedCache(layers, axes, layout, kernels=True)
+    assert same_bits(layers, before), "the engine's own pages were written to"
     fake_triton.forget_kernels()
 
 

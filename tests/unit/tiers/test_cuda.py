@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import threading
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 
 from fake_cuda import GRANULARITY, CUresult, FakeDriver
+from kvstore.protocol import cuda_copies
 from kvstore.protocol.cuda_calls import CudaBroken, CudaCalls, CudaError, CudaMissing, CudaOutOfMemory, load_driver
-from kvstore.protocol.cuda_copies import Direction, Run, await_event, merged
+from kvstore.protocol.cuda_copies import AsyncCopies, Direction, Rows, Run, await_event, merged
+from kvstore.tiers import pinned
 from kvstore.tiers.cuda import CudaDevice
 from kvstore.tiers.cuda_copies import Copier
 from kvstore.tiers.cuda_memory import DeviceMemory
@@ -65,6 +71,27 @@ def test_bindings_without_a_library_are_no_driver() -> None:
     driver.refuse("cuInit", missing)
     with pytest.raises(CudaMissing, match="dlopen libcuda"):
         CudaDevice("cuda:0", driver)
+
+
+@pytest.mark.parametrize("how", [KeyError(998), ValueError("998 is not a valid CUresult")])
+def test_a_result_that_only_a_newer_driver_has_is_a_failure_like_any(
+    driver: FakeDriver, device: CudaDevice, how: Exception
+) -> None:
+    """The bindings raise where they lack a name for what the driver answered; a copy may be under way by then."""
+
+    def strange(*_: Any) -> Any:
+        raise how
+
+    driver.refuse("cuMemGetInfo", strange)
+    with pytest.raises(CudaError, match="cuMemGetInfo: cuda-bindings does not know what the driver answered: "):
+        device.memory_bytes()
+    copier = Copier(device)
+    copying = copier.start(Direction.TO_DEVICE, [])
+    driver.refuse("cuEventQuery", strange)
+    with pytest.raises(CudaBroken, match="may still be under way"):
+        copying.wait()
+    driver.relent("cuEventQuery")
+    copier.close()
 
 
 def test_a_machine_without_the_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +213,41 @@ def test_many_runs_are_one_call_where_the_driver_has_it(driver: FakeDriver, devi
     memory.give(piece)
 
 
+@pytest.mark.parametrize("count", [2, 8])
+def test_runs_that_touch_across_two_allocations_are_copied_one_by_one(
+    driver: FakeDriver, device: CudaDevice, count: int
+) -> None:
+    """A driver lays allocations side by side and refuses a copy across their border."""
+    memory, copier = DeviceMemory(device, exportable=False), Copier(device)
+    pieces = [memory.take(GRANULARITY) for _ in range(count)]
+    assert pieces[1].address == pieces[0].address + GRANULARITY
+    host = np.random.default_rng(2).integers(0, 256, count * GRANULARITY, dtype=np.uint8)
+    runs = [Run(piece.address, host.ctypes.data + at * GRANULARITY, GRANULARITY) for at, piece in enumerate(pieces)]
+    copier.start(Direction.TO_DEVICE, runs).wait()
+    for at, piece in enumerate(pieces):
+        held = driver.bytes_at(piece.address, GRANULARITY)
+        assert (held == host[at * GRANULARITY : (at + 1) * GRANULARITY]).all()
+        memory.give(piece)
+    copier.close()
+
+
+@pytest.mark.parametrize(("height", "pitch"), [(1, 1024), (3, 1024)])
+def test_rows_that_no_two_dimensional_copy_takes(
+    driver: FakeDriver, device: CudaDevice, monkeypatch: pytest.MonkeyPatch, height: int, pitch: int
+) -> None:
+    monkeypatch.setattr(cuda_copies, "_PITCH_MAX", 512)
+    memory, stream = DeviceMemory(device), device.calls("cuStreamCreate", 1)
+    piece, host = memory.take(GRANULARITY), np.random.default_rng(3).integers(1, 256, (height, 256), dtype=np.uint8)
+    rows = Rows(piece.address, pitch, host.ctypes.data, 256, 256, height)
+    AsyncCopies(device.calls).rows(Direction.TO_DEVICE, rows, stream)
+    device.calls("cuStreamSynchronize", stream)
+    held = driver.bytes_at(piece.address, height * pitch).reshape(height, pitch)
+    assert (held[:, :256] == host).all() and not held[:, 256:].any()
+    assert driver.named("cuMemcpy2DAsync") == []
+    device.calls("cuStreamDestroy", stream)
+    memory.give(piece)
+
+
 def test_nothing_is_there_before_the_wait_and_streams_are_used_again(driver: FakeDriver, device: CudaDevice) -> None:
     memory, copier = DeviceMemory(device), Copier(device)
     piece = memory.take(GRANULARITY)
@@ -270,3 +332,44 @@ def test_a_slab_that_the_driver_refuses_is_used_unpinned(driver: FakeDriver, dev
     assert len(driver.named("cuMemHostRegister")) == 1
     pins.close()
     assert driver.named("cuMemHostUnregister") == []
+
+
+def test_a_slab_that_cannot_be_let_go_stays_mapped(
+    driver: FakeDriver, device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or another mapping at its address would be copied from the pages that the driver has pinned there."""
+    memory = ArrayMemory(8192)
+    pins = PinnedSlabs(device, memory)
+    pins.pin(1)
+    mapping = weakref.ref(memory.array)
+    monkeypatch.setattr(pinned._log, "disabled", True)  # a record would keep the error, and that what it is about
+    driver.refuse("cuMemHostUnregister", CUresult.CUDA_ERROR_INVALID_VALUE)
+    pins.forget(1)
+    del memory, pins._memory
+    gc.collect()
+    assert mapping() is not None
+    driver.relent("cuMemHostUnregister")
+    driver.registered.clear()
+
+
+def test_a_slab_that_is_forgotten_while_it_is_registered_is_not_left_registered(
+    driver: FakeDriver, device: CudaDevice
+) -> None:
+    pins = PinnedSlabs(device, ArrayMemory(8192))
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(name: str) -> None:
+        if name == "cuMemHostRegister":
+            begun.set()
+            assert go_on.wait(30.0)
+
+    driver.before_call = slowly
+    with ThreadPoolExecutor(2) as pool:
+        pinning = pool.submit(pins.pin, 1)
+        assert begun.wait(30.0)
+        forgetting = pool.submit(pins.forget, 1)
+        go_on.set()
+        forgetting.result(30.0)
+        pinning.result(30.0)
+    assert driver.registered == {}
+    assert pins.pinned_bytes() == 0

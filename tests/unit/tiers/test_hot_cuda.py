@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from fake_cuda import GRANULARITY, CUresult, FakeDriver
-from kvstore.protocol.cuda_calls import CudaBroken, CudaOutOfMemory
+from kvstore.protocol.cuda_calls import CudaBroken, CudaError, CudaOutOfMemory
 from kvstore.tiers.base import Outcome, SlabMemory, TierItem
 from kvstore.tiers.conformance import Rig
 from kvstore.tiers.cuda import CudaDevice
@@ -77,6 +77,40 @@ def test_a_device_without_room_for_one_slab_is_no_tier(driver: FakeDriver) -> No
     driver.refuse("cuMemCreate", CUresult.CUDA_ERROR_OUT_OF_MEMORY)
     with pytest.raises(CudaOutOfMemory, match="not even one slab"):
         hot_rig(driver)
+
+
+@pytest.mark.parametrize("call", ["cuMemCreate", "cuMemSetAccess"])
+def test_memory_that_must_not_be_shared_is_taken_all_the_same(driver: FakeDriver, call: str) -> None:
+    """A device may claim what a container or a hypervisor forbids; what was taken until then is given back."""
+    driver.refuse(call, CUresult.CUDA_ERROR_NOT_SUPPORTED, after=1)
+    with hot_rig(driver) as rig:
+        assert driver.total_bytes - driver.free_bytes == 4 << 20
+        items = [rig.block(number) for number in range(20)]
+        rig.store(items)
+        assert rig.fetch(items) == [Outcome.OK] * 20
+        assert len(driver.named("cuMemAlloc")) == rig.tier.stats()["slabs"]
+
+
+def test_a_device_that_refuses_all_memory_is_no_tier_and_keeps_none(driver: FakeDriver) -> None:
+    driver.refuse("cuMemCreate", CUresult.CUDA_ERROR_NOT_SUPPORTED)
+    driver.refuse("cuMemAlloc", CUresult.CUDA_ERROR_NOT_SUPPORTED, after=2)
+    with pytest.raises(CudaError, match="cuMemAlloc"):
+        hot_rig(driver)
+
+
+def test_a_slab_that_the_driver_does_not_take_back_is_nobodys_error() -> None:
+    driver = FakeDriver(16 << 20)
+    with hot_rig(driver) as rig:
+        items = [rig.block(number) for number in range(60)]
+        rig.store(items)
+        tier_of(rig).resize(2 << 20)
+        driver.refuse("cuMemUnmap", CUresult.CUDA_ERROR_INVALID_VALUE)
+        rig.tier.delete([item.ref for item in items])
+        driver.relent("cuMemUnmap")
+        assert rig.tier.stats()["slabs"] * tier_of(rig)._slabs.slab_bytes == 2 << 20
+        rig.store(items[:20])
+        assert rig.fetch(items[:20]) == [Outcome.OK] * 20
+    assert driver.total_bytes - driver.free_bytes == 2 << 20, "what it did not take back, and no more"
 
 
 def test_a_block_that_was_damaged_on_the_device_is_corrupt_and_dropped(driver: FakeDriver) -> None:
