@@ -24,7 +24,7 @@ _RENEWALS_PER_TTL = 6
 WAIT_SLICE_S = 0.25
 # A wait answers this much before its deadline, or the answer "not all of it" would itself come too late.
 WAIT_MARGIN_S = 0.005
-SPEC_BYTES_MAX = 64 << 10
+SPEC_BYTES_MAX = 128 << 10
 """Of an OpenNamespace: what it says is remembered for good."""
 
 

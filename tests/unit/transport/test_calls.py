@@ -52,8 +52,8 @@ def test_limits_are_not_for_workers_to_say(setup: Setup, name: str) -> None:
 
 
 def test_a_namespace_of_any_size_is_not_remembered(setup: Setup) -> None:
-    spec = {**SPEC, "identity": {f"key {i}": "x" * 1000 for i in range(70)}}
-    with pytest.raises(InvalidRequest, match="it may take 65536"):
+    spec = {**SPEC, "identity": {f"key {i}": "x" * 1000 for i in range(140)}}
+    with pytest.raises(InvalidRequest, match="it may take 131072"):
         setup.attach().call(Method.OPEN_NAMESPACE, pb.OpenNamespaceRequest(spec=spec))  # type: ignore[arg-type]
 
 
