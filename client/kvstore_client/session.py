@@ -298,17 +298,21 @@ class Session:
         """Whether this is a fail-open client's session whose staging is smaller than one block."""
         return self.is_fail_open and block_nbytes > self.staging_bytes
 
+    def check_staging_for(self, block_nbytes: int) -> None:
+        """Raise QuotaExceeded where not one block would fit into the session's staging."""
+        if block_nbytes > self.staging_bytes:
+            raise QuotaExceeded(
+                f"a block of {block_nbytes} bytes does not fit into the {self.staging_bytes} bytes of staging that "
+                "this session has; ask for more with Client(staging_bytes=...), or raise the daemon's limit"
+            )
+
     def staging(self, block_nbytes: int, deadline_s: float) -> Staging:
         """The staging segment, mapped on first use.
 
         Raises:
             QuotaExceeded: there is none, or it is smaller than one block.
         """
-        if block_nbytes > self.staging_bytes:
-            raise QuotaExceeded(
-                f"a block of {block_nbytes} bytes does not fit into the {self.staging_bytes} bytes of staging that "
-                "this session has; ask for more with Client(staging_bytes=...), or raise the daemon's limit"
-            )
+        self.check_staging_for(block_nbytes)
         if self._staging is None:
             if not self._staging_lock.acquire(timeout=max(deadline_s - time.monotonic(), 0)):
                 raise DeadlineExceeded("another thread of this client is still mapping the staging segment")

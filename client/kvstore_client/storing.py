@@ -45,6 +45,7 @@ class StorePipeline:
         """Store the blocks, which must be in host memory; see Storing."""
         if isinstance(blocks, DeviceBuffers):
             raise InvalidRequest("a put over TCP takes blocks from host memory; copy them there first")
+        self._session.check_staging_for(self._target.block_nbytes)  # no wait would help
         step = min(max(1, STORE_BYTES_MAX // self._target.block_nbytes), STORE_KEYS_MAX)
         for first in range(0, self._count, step):
             part = range(first, min(first + step, self._count))
