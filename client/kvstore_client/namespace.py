@@ -233,7 +233,7 @@ class Namespace:
                 axis is the block; or n buffers; or n lists of segments, each a buffer or (address, length). Memory of
                 one CUDA device too, as in Lease.read_into(); it may be written to again when the call returns.
             timeout_s: bound of the call; blocks whose turn came too late are REJECTED(DEADLINE).
-            pin: softly, once all are stored (or were already): they leave a tier when nothing else may, until
+            pin: softly, once all are stored (or were already): no put takes their place, and they leave last, until
                 `kvctl unpin` of the last key, or until the daemon ends. In a set each block is pinned by itself.
             after: a CUDA event or stream whose work writes the blocks; None: for tensors of torch its current stream.
 

@@ -8,7 +8,7 @@ there is an order for each standing:
     in hot and cold    what is spare before everything, then by priority
 
 A warm copy is spare that was loaded for one use, or that is on its way out; a cold one below a promoted one. What is
-pinned leaves when nothing else may. An order never sees a block of another standing: what moves is removed from one
+pinned goes last. An order never sees a block of another standing: what moves is removed from one
 order and inserted into the other.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from typing import cast
@@ -23,6 +24,8 @@ from kvstore.tiers.warm import WarmPool
 from kvstore.v1 import admin_pb2, types_pb2
 
 _TERMS_STEPS = 128  # a second
+
+_log = logging.getLogger(__name__)
 
 
 class Operations:
@@ -178,7 +181,10 @@ class Operations:
                 try:
                     self._catalogue.set_terms(namespace.digest, terms)
                 except OSError as error:
-                    raise Unavailable(f"the terms of a namespace cannot be written: {error}") from error
+                    _log.warning("the terms of a namespace cannot be written: %s", error)
+                    raise Unavailable(
+                        f"nothing was changed: the terms cannot be written to the state directory: {error.strerror}"
+                    ) from error
                 with self._lock:
                     self._cache.terms.set(namespace, core_terms(terms))
             return terms

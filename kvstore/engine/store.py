@@ -247,7 +247,10 @@ class Store(Operations):
             try:
                 self._catalogue.set_epoch(namespace, found.epoch + 1)
             except OSError as error:
-                raise Unavailable(f"the new epoch cannot be written to {self._config.state_dir}: {error}") from error
+                _log.warning("the epoch of a namespace cannot be written: %s", error)
+                raise Unavailable(
+                    f"nothing was cleared: the new epoch cannot be written to the state directory: {error.strerror}"
+                ) from error
             with self._lock:
                 epoch = self._cache.clear(found)
         self._mover.wake_saver()
