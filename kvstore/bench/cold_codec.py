@@ -138,7 +138,7 @@ class ColdCodecs:
     def against_zipnn(self, name: str) -> Result:
         """Decoding, to zipnn's of the same blocks with one thread; and both ratios."""
         try:
-            from zipnn import ZipNN  # type: ignore[import-not-found]  # noqa: PLC0415 - only for this comparison
+            from zipnn import ZipNN  # noqa: PLC0415 - only for this comparison
         except ImportError as error:
             raise NoSample("zipnn is not installed: pip install zipnn==0.5.4") from error
         content, frames = self._content(), _format(None)

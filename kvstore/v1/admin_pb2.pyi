@@ -796,8 +796,8 @@ global___RecordResponse = RecordResponse
 
 @typing.final
 class PinRequest(google.protobuf.message.Message):
-    """A pinned block, and with it the prefix that it ends, leaves a tier when nothing else of its tenant may. Not
-    remembered across a restart of the daemon.
+    """A pinned block leaves a tier last, and with it the prefix that it ends; no put takes its place. Not remembered
+    across a restart of the daemon.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
